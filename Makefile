@@ -1,0 +1,38 @@
+# Every target makes its environment on first use; VENV=path reuses another one.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RUNS ?= runs
+MINUTES ?= 30
+
+.PHONY: demo test test-faults check bench clean env
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml cluster/requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c cluster/requirements.lock -e '.[demo,dev,bench]'
+	touch $@
+
+demo: env
+	$(BIN)/lum-ray demo --root $(RUNS)
+
+test: env
+	$(BIN)/python -m pytest -m 'not faults'
+
+test-faults: env
+	$(BIN)/python -m pytest -m faults --timeout=2700
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: env
+	$(BIN)/python -m jobs.bench.train_step --quick
+	$(BIN)/python -m jobs.bench.gpu --model lumos --quick
+
+clean:
+	rm -rf $(RUNS) build *.egg-info .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

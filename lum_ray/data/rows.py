@@ -1,0 +1,138 @@
+"""Some users' timelines in memory, as compressed sparse rows, and the samples (a row, a cut, a draw) taken of them.
+
+Shapes: N users, A active days (all users together), U behaviours, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+Strings = npt.NDArray[np.object_]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N users: active days ascending within a user, `values` integers in units of each behaviour's resolution.
+
+    `first_day` is the day before which the user did not exist (pads), `end_day` the first day that was not observed.
+    `profile` holds raw columns (float64 with NaN, or objects with None).
+    """
+
+    user: Strings  # (N,)
+    user_hash: UInt64  # (N,)
+    offsets: Int64  # (N + 1,)
+    days: Int32  # (A,)
+    values: Int64  # (A, U)
+    first_day: Int32  # (N,)
+    end_day: Int32  # (N,)
+    segment: Strings  # (N,), "" where there is none
+    profile: dict[str, npt.NDArray[np.generic]]  # name -> (N,)
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, index: npt.NDArray[np.integer]) -> Rows:
+        """The users at `index` (M,), in that order."""
+        begin, end = self.offsets[index], self.offsets[index + 1]
+        _, active = expand(begin, end)
+        return Rows(
+            user=self.user[index],
+            user_hash=self.user_hash[index],
+            offsets=np.concatenate([[0], np.cumsum(end - begin)]).astype(np.int64),
+            days=self.days[active],
+            values=self.values[active],
+            first_day=self.first_day[index],
+            end_day=self.end_day[index],
+            segment=self.segment[index],
+            profile={name: column[index] for name, column in self.profile.items()},
+        )
+
+    @staticmethod
+    def concat(pieces: Sequence[Rows]) -> Rows:
+        """The users of all pieces, in order. The pieces have the same behaviours and profile columns."""
+        if len(pieces) == 1:
+            return pieces[0]
+        lengths = np.concatenate([np.diff(piece.offsets) for piece in pieces])
+        return Rows(
+            user=np.concatenate([piece.user for piece in pieces]),
+            user_hash=np.concatenate([piece.user_hash for piece in pieces]),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            days=np.concatenate([piece.days for piece in pieces]),
+            values=np.concatenate([piece.values for piece in pieces]),
+            first_day=np.concatenate([piece.first_day for piece in pieces]),
+            end_day=np.concatenate([piece.end_day for piece in pieces]),
+            segment=np.concatenate([piece.segment for piece in pieces]),
+            profile={name: np.concatenate([piece.profile[name] for piece in pieces]) for name in pieces[0].profile},
+        )
+
+    def span(self, row: Int64, start_day: npt.ArrayLike, stop_day: npt.ArrayLike) -> tuple[Int64, Int64]:
+        """For each of `row` (S,): the range [begin, end) of its active days within [start_day, stop_day)."""
+        keys = _key(np.repeat(np.arange(len(self)), np.diff(self.offsets)), self.days)
+        begin = np.searchsorted(keys, _key(row, np.asarray(start_day)))
+        end = np.searchsorted(keys, _key(row, np.asarray(stop_day)))
+        return begin.astype(np.int64), np.maximum(begin, end).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is cut from rows: for each sample its row, its cut (first predicted day) and its draw number."""
+
+    row: Int64  # (S,)
+    cut: Int32  # (S,)
+    draw: Int32  # (S,)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+def _key(row: npt.NDArray[np.integer], day: npt.NDArray[np.integer]) -> Int64:
+    """Sorts by row, then by day (which may be negative)."""
+    return (row.astype(np.int64) << 32) + (day.astype(np.int64) + (1 << 31))
+
+
+def expand(begin: Int64, end: Int64) -> tuple[Int64, Int64]:
+    """All (which range, index) of the ranges [begin, end) (S,), in order: two arrays (A,)."""
+    length = np.maximum(end - begin, 0)
+    which = np.repeat(np.arange(len(begin), dtype=np.int64), length)
+    starts = np.cumsum(length) - length
+    return which, (np.arange(len(which), dtype=np.int64) - starts[which] + begin[which]).astype(np.int64)
+
+
+def mix(*parts: npt.ArrayLike) -> UInt64:
+    """A stable 64-bit hash of integers (broadcast together), the same on every machine: splitmix64, chained."""
+    with np.errstate(over="ignore"):
+        state = np.zeros((), np.uint64)
+        for part in parts:
+            state = (state ^ np.asarray(part).astype(np.int64, copy=False).view(np.uint64) if np.asarray(part).dtype != np.uint64
+                     else state ^ np.asarray(part))
+            state = state + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return np.asarray(state, np.uint64)
+
+
+def share(hashes: UInt64) -> npt.NDArray[np.float64]:
+    """Hashes as numbers in [0, 1)."""
+    return (hashes >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def hash_strings(texts: Sequence[str] | Strings) -> UInt64:
+    """A stable 64-bit hash of each text (its UTF-8 bytes, eight at a time), vectorised over texts."""
+    encoded = np.array([text.encode() for text in texts], dtype=np.bytes_) if len(texts) else np.empty(0, "S8")
+    width = max(8, -(-encoded.dtype.itemsize // 8) * 8)
+    words = encoded.astype(f"S{width}").view("<u8").reshape(len(encoded), width // 8)
+    lengths = np.array([len(text.encode()) for text in texts], np.int64)
+    state = mix(lengths)
+    # a text's hash must not depend on its neighbours' lengths: words past its own end are left out
+    for column in range(words.shape[1]):
+        inside = lengths > column * 8
+        state = np.where(inside, mix(state, words[:, column]), state)
+    return state
