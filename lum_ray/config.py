@@ -1,6 +1,7 @@
 """Run files: one YAML file describes a run; it is read strictly into frozen dataclasses.
 
-The dataclasses are plain, so that nothing but `read` needs pydantic. A model's own section (`lumos:`, `gts:`) is a
+The dataclasses are plain and pydantic and YAML are imported where they are used, so that a model can import this file
+on a machine that has neither. A model's own section (`lumos:`, `gts:`) is a
 dataclass of that model's folder; whoever reads a run hands in the table of sections (see `catalog`).
 """
 
@@ -14,9 +15,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
-
-import pydantic
-import yaml
 
 from lum_ray.artifacts import UserError
 
@@ -294,6 +292,8 @@ def read(kind: type[T], raw: Any, path: str) -> T:
 
     Raises UserError that names the dotted path of every offender (at most five), what was expected and what came.
     """
+    import pydantic
+
     try:
         text = json.dumps(raw, default=_iso)
         return pydantic.TypeAdapter(kind).validate_json(text, strict=True)
@@ -339,6 +339,8 @@ def _field_type(owner: Any, part: Any) -> Any:
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """`raw` with every `a.b=v` of `assignments` set (v is YAML; a number in the path is a list's index)."""
+    import yaml
+
     result: dict[str, Any] = json.loads(json.dumps(raw, default=_iso))
     for assignment in assignments:
         dotted, separator, text = assignment.partition("=")
@@ -393,6 +395,8 @@ def read_run(raw: Any, sections: Mapping[str, type]) -> Run:
 
 def load(path: str, assignments: Sequence[str], sections: Mapping[str, type]) -> Run:
     """The run of a YAML file with overrides. Raises UserError for a missing file, bad YAML, or a bad value."""
+    import yaml
+
     try:
         with open(path, encoding="utf-8") as stream:
             raw = yaml.safe_load(stream)

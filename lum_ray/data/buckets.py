@@ -1,0 +1,155 @@
+"""How users are spread over buckets, files and row groups, and the files of the shuffle in between.
+
+bucket = hash(user) mod 2^k. File i of a folder holds the buckets [i, i + 1) * 2^k / files, so that a file can be made
+from every block's slice i alone. Everything that shapes a file follows from the number of rows of the raw tables, not
+from blocks, workers or the order of files. Shapes: A rows of (user, day), N users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from lum_ray.artifacts import storage, write_bytes
+from lum_ray.data.rows import UInt64, hash_strings
+
+MIN_LOG2_BUCKETS = 6
+BUCKET_USERS = 4096
+EVENTS_PER_USER = 32
+FILE_ROWS = 1 << 19
+MAX_FILES = 4096
+
+
+def choose_log2_buckets(event_rows: int, profile_rows: int) -> int:
+    """k: about 4096 users a bucket, at least 64 buckets.
+
+    The number of users is not known before the events are read: it is taken as the larger of the number of profiles and
+    a 32nd of the number of events, which the files' footers tell.
+    """
+    users = max(profile_rows, event_rows // EVENTS_PER_USER)
+    return max(MIN_LOG2_BUCKETS, (max(users // BUCKET_USERS, 1) - 1).bit_length())
+
+
+def choose_files(event_rows: int, log2_buckets: int) -> int:
+    """Files of a folder (a power of two): about 524,288 events behind each, which bounds the memory of making one."""
+    return int(min(1 << (max(event_rows // FILE_ROWS, 1) - 1).bit_length(), 1 << log2_buckets, MAX_FILES))
+
+
+def user_runs(user: pa.Array) -> npt.NDArray[np.int64]:
+    """Where each run of equal users begins in a sorted column (A,)."""
+    if len(user) == 0:
+        return np.empty(0, np.int64)
+    new = pc.not_equal(user[1:], user[:-1]).to_numpy(zero_copy_only=False)
+    return np.flatnonzero(np.concatenate([[True], new])).astype(np.int64)
+
+
+def _slices(user: pa.Array, log2_buckets: int, files: int) -> npt.NDArray[np.int64]:
+    encoded = user.dictionary_encode()
+    bucket = bucket_of(hash_strings(encoded.dictionary.to_pylist()), log2_buckets)
+    slices: npt.NDArray[np.int64] = bucket.astype(np.int64) * files >> log2_buckets
+    chosen: npt.NDArray[np.int64] = slices[encoded.indices.to_numpy(zero_copy_only=False)]
+    return chosen
+
+
+def bucket_of(user_hash: UInt64, log2_buckets: int) -> npt.NDArray[np.int32]:
+    """The bucket of each user hash."""
+    return (user_hash & np.uint64((1 << log2_buckets) - 1)).astype(np.int32)
+
+
+def scatter(uri: str, table: pa.Table, log2_buckets: int, files: int) -> None:
+    """Write `table` (it has `user`) as one Arrow file whose record batch i holds the rows that belong to file i."""
+    table = table.combine_chunks()
+    slices = _slices(table["user"].combine_chunks(), log2_buckets, files) if table.num_rows else np.empty(0, np.int64)
+    table = table.take(pa.array(np.argsort(slices, kind="stable"))) if files > 1 and table.num_rows else table
+    ends = np.cumsum(np.bincount(slices, minlength=files))
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        for begin, end in zip((0, *ends[:-1]), ends, strict=True):
+            arrays = [column.slice(begin, end - begin).combine_chunks() for column in table.columns]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=table.schema))
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def gather(uris: Sequence[str], index: int) -> pa.Table:
+    """The rows that belong to file `index`, of all `scatter`ed files. Raises FileNotFoundError."""
+    tables = []
+    for uri in uris:
+        place = storage(uri)
+        with place.filesystem.open_input_file(place.path) as stream, pa.ipc.open_file(stream) as reader:
+            tables.append(pa.Table.from_batches([reader.get_batch(index)]))
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+
+
+def timelines_of(daily: pa.Table, log2_buckets: int) -> pa.Table:
+    """A daily table (user, day, integers; A rows sorted by (user, day)) as one row per user (N), in bucket order.
+
+    Columns: bucket, user, user_hash, days list<int32>, one list<int64> per behaviour. Sorted by (bucket, hash, user).
+    """
+    daily = daily.combine_chunks()
+    user, starts = daily["user"].combine_chunks(), user_runs(daily["user"].combine_chunks())
+    names = user.take(pa.array(starts))
+    user_hash = hash_strings(names.to_pylist())
+    lengths = np.diff(np.append(starts, daily.num_rows))
+    order = _bucket_order(user_hash, log2_buckets)
+    # the active days of the users, in the users' new order
+    ends = np.cumsum(lengths[order])
+    shift = np.repeat(starts[order] - (ends - lengths[order]), lengths[order])
+    active = pa.array(np.arange(daily.num_rows) + shift)
+    offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
+    columns: dict[str, Any] = _user_columns(names, user_hash, order, log2_buckets)
+    for name in daily.column_names[1:]:
+        values = daily[name].combine_chunks().take(active)
+        columns["days" if name == "day" else name] = pa.ListArray.from_arrays(offsets, values)
+    return pa.table(columns)
+
+
+def bucketed(table: pa.Table, log2_buckets: int) -> pa.Table:
+    """A table of one row per user with bucket, user and user_hash in front, sorted by (bucket, hash, user)."""
+    table = table.sort_by("user").combine_chunks()
+    names = table["user"].combine_chunks()
+    user_hash = hash_strings(names.to_pylist())
+    order = _bucket_order(user_hash, log2_buckets)
+    rest = table.drop_columns(["user"]).take(pa.array(order))
+    columns = dict(zip(rest.column_names, rest.columns, strict=True))
+    return pa.table(_user_columns(names, user_hash, order, log2_buckets) | columns)
+
+
+def _bucket_order(user_hash: UInt64, log2_buckets: int) -> npt.NDArray[np.int64]:
+    """Sorts users that are in the order of their names by (bucket, hash, name): lexsort is stable."""
+    return np.lexsort((user_hash, bucket_of(user_hash, log2_buckets))).astype(np.int64)
+
+
+def _user_columns(
+    names: pa.Array, user_hash: UInt64, order: npt.NDArray[np.int64], log2_buckets: int
+) -> dict[str, Any]:
+    return {
+        "bucket": pa.array(bucket_of(user_hash[order], log2_buckets), pa.int32()),
+        "user": names.take(pa.array(order)),
+        "user_hash": pa.array(user_hash[order], pa.uint64()),
+    }
+
+
+def write_buckets(uri: str, table: pa.Table) -> tuple[list[dict[str, int]], int]:
+    """Write a table sorted by `bucket` as parquet, one bucket a row group.
+
+    Returns (the manifest's row_groups, the size in bytes).
+    """
+    buckets, counts = np.unique(table["bucket"].to_numpy(), return_counts=True)
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        begin = 0
+        for count in counts.tolist():
+            writer.write_table(table.slice(begin, count), row_group_size=count)
+            begin += count
+    content = sink.getvalue().to_pybytes()
+    write_bytes(uri, content)
+    groups = [{"bucket": bucket, "rows": rows} for bucket, rows in zip(buckets.tolist(), counts.tolist(), strict=True)]
+    return groups, len(content)

@@ -1,0 +1,288 @@
+"""Raw tables -> the `timelines` and `calendar` artifacts, on one machine or on a Ray cluster.
+
+Two stages. *map*: a task reads some row groups, cleans them, aggregates them to mergeable daily states and writes one
+Arrow file with a record batch for each final file. *merge*: a task takes its record batch of every map file, merges the
+states, and writes its final file, one bucket a row group. Ray Data's own shuffle (`groupby().map_groups`) is about 100
+times slower, and cannot restart; here every task leaves its result behind under `_work/`, atomically, so that a killed
+job goes on where it was. `_work/` is removed after the commit.
+
+Both engines run the same tasks. `auto` is local unless Ray has been started in this process, or the files hold more
+than 2 GB. The bytes do not depend on the engine, the workers, the blocks, or the order in which files come. With
+`events.id` the events are not aggregated before the shuffle, since a repeated row may be in another block; a repeat
+is a row with the same user and id, and the first by (file, row) stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lum_ray import artifacts
+from lum_ray.artifacts import Artifact, UserError, join, storage
+from lum_ray.config import Data, day_number
+from lum_ray.data import buckets
+from lum_ray.data.context import canonical_calendar, check_profiles, has_dates, repeated_users_error
+from lum_ray.data.schema import REJECTS, RawFile, RawTables, check_events, raw_files
+from lum_ray.data.tasks import Job, Task, Tokenizer, map_tasks, merge_tasks, run_task
+
+__all__ = ["Engine", "Progress", "Tokenizer", "prepare_calendar", "prepare_timelines", "silent"]
+
+Engine = Literal["auto", "local", "ray"]
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, tasks done, tasks in all)."""
+
+BLOCK_ROWS = 1 << 20
+LOCAL_BYTES = 2 << 30
+LOCAL_THREADS = 8
+KEPT_REJECTS = 1_000_000
+"""The rejects file of a job that stopped because there were too many holds at most about this many."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A progress callback that says nothing."""
+
+
+def prepare_timelines(
+    data: Data,
+    tables: RawTables,
+    uri: str,
+    tokenizer: Tokenizer,
+    engine: Engine = "auto",
+    fingerprint: Any = None,
+    progress: Progress = silent,
+    log2_buckets: int | None = None,
+    block_rows: int = BLOCK_ROWS,
+) -> Artifact:
+    """Build the timelines artifact at `uri` (its last part is the digest), or return it where it is committed already.
+
+    `fingerprint` (of the inputs) is kept in the manifest, `log2_buckets` is inherited where the artifact continues
+    another, `block_rows` is about what a map task reads (at least a row group). Profiles are prepared where
+    `data.profiles` is set. Raises UserError for tables that cannot be read, break the schema, or hold more than
+    `max_reject_share` bad rows.
+    """
+    found = artifacts.find(uri)
+    if found is not None:
+        return found
+    try:
+        return _build(data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows)
+    except FileNotFoundError:
+        # another driver built the same artifact and removed `_work/` under us: its result is ours
+        found = artifacts.find(uri)
+        if found is None:
+            raise
+        return found
+
+
+def _build(
+    data: Data,
+    tables: RawTables,
+    uri: str,
+    tokenizer: Tokenizer,
+    engine: Engine,
+    fingerprint: Any,
+    progress: Progress,
+    log2_buckets: int | None,
+    block_rows: int,
+) -> Artifact:
+    events = check_events(tables.events, data)
+    profiles: list[RawFile] = []
+    if data.profiles is not None:
+        if tables.profiles is None:
+            raise UserError(
+                "data.profiles: set, but there is no profiles table; give data.profiles.path or remove data.profiles"
+            )
+        profiles = check_profiles(tables.profiles, data)
+    event_rows, profile_rows = (sum(file.rows for file in files) for files in (events, profiles))
+    if log2_buckets is None:
+        log2_buckets = buckets.choose_log2_buckets(event_rows, profile_rows)
+    files = buckets.choose_files(max(event_rows, profile_rows), log2_buckets)
+    maps = [*map_tasks("events", events, block_rows), *map_tasks("profiles", profiles, block_rows)]
+    sizes = [file.bytes for file in events + profiles]
+    # results of an interrupted attempt are taken up only if it had the same files and cut the work in the same way
+    work = join(uri, "_work", artifacts.digest(maps, sizes, fingerprint, log2_buckets, files, tokenizer.version))
+    job = Job(data, tokenizer, uri, work, log2_buckets, files)
+    run = _engine(engine, events + profiles)
+
+    mapped = _run_all(run, job, maps, "read", progress)
+    _check_rejects(job, mapped, {"events": event_rows, "profiles": profile_rows})
+    days = [day for result in mapped for day in result.get("days", ())]
+    if not days:
+        raise UserError(f"{tables.events}: none of the {event_rows} rows is a valid event; see {join(uri, 'rejects')}")
+    first_day = min(days) if data.start is None else day_number(data.start)
+    end_day = max(days) + 1 if data.end is None else day_number(data.end)
+    part = f"part-{first_day}-{end_day}"
+    merges = [*merge_tasks("events", part, maps, files), *merge_tasks("profiles", "profiles", maps, files)]
+    merged = _run_all(run, job, merges, "merge", progress)
+    twice = sorted({user for result in merged for user in result.get("twice", ())})[:5]
+    if twice:
+        raise repeated_users_error(tables.profiles or "", twice)
+    rejected = _check_rejects(job, mapped + merged, {"events": event_rows, "profiles": profile_rows})
+
+    made = [result for result in merged if result["table"] == "events"]
+    size, active_days = sum(result["bytes"] for result in made), sum(result["active_days"] for result in made)
+    manifest = {
+        "kind": "timelines",
+        "digest": uri.rstrip("/").rsplit("/", 1)[-1],
+        "tokenizer_version": tokenizer.version,
+        "inputs": fingerprint,
+        "log2_buckets": log2_buckets,
+        "parts": [{"path": part, "from_day": first_day, "to_day": end_day, "files": _files(made)}],
+        "profiles": _files([r for r in merged if r["table"] == "profiles"]) if profiles else None,
+        "behaviours": [{"name": b.name, "kind": b.kind, "resolution": b.resolution} for b in data.behaviours],
+        "first_day": first_day,
+        "end_day": end_day,
+        "users": sum(result["rows"] for result in made),
+        "active_days": active_days,
+        "events": event_rows - rejected["events"],
+        "rows_in": event_rows + profile_rows,
+        "rows_rejected": sum(rejected.values()),
+        "bytes": size,
+        "bytes_per_active_day": round(size / active_days, 3),
+    }
+    artifact = artifacts.commit(uri, manifest)
+    _remove(join(uri, "_work"))
+    return artifact
+
+
+def prepare_calendar(
+    data: Data, tables: RawTables, uri: str, first_day: int, end_day: int, fingerprint: Any = None
+) -> Artifact:
+    """Build the calendar artifact at `uri`: the rows as they came, and public holidays of [first_day, end_day + 366).
+
+    One file, `0000.parquet`, with the columns of `context.CALENDAR`, sorted; no rows where the run has no calendar.
+    Raises UserError as `canonical_calendar`, and for holidays where the events have day numbers instead of dates.
+    """
+    found = artifacts.find(uri)
+    if found is not None:
+        return found
+    wanted = data.calendar is not None
+    if data.calendar is not None and data.calendar.holidays:
+        if not has_dates(raw_files(tables.events, "events"), data.events.time):
+            raise UserError(
+                f"data.calendar.holidays: the events' `{data.events.time}` holds day numbers, not dates; remove it"
+            )
+    elif wanted and tables.calendar is None:
+        raise UserError(
+            "data.calendar: set, but there is neither a calendar table nor `holidays`; give one or remove it"
+        )
+    rows, rejects = canonical_calendar(data, tables.calendar if wanted else None, first_day, end_day)
+    total = rejects.num_rows + rows.num_rows
+    if rejects.num_rows:
+        artifacts.write_table(join(uri, "rejects", "0000.parquet"), rejects)
+        if rejects.num_rows > data.max_reject_share * total:
+            raise _too_many(data, "calendar", rejects.num_rows, total, rejects, uri)
+    artifacts.write_table(join(uri, "0000.parquet"), rows)
+    manifest = {
+        "kind": "calendar",
+        "digest": uri.rstrip("/").rsplit("/", 1)[-1],
+        "inputs": fingerprint,
+        "files": [{"name": "0000.parquet", "rows": rows.num_rows}],
+        "event_types": sorted(pc.unique(rows["event_type"]).to_pylist()),
+        "rows_in": total,
+        "rows_rejected": rejects.num_rows,
+    }
+    return artifacts.commit(uri, manifest)
+
+
+def _files(results: Iterable[Task]) -> list[dict[str, Any]]:
+    made = sorted((r for r in results if r["row_groups"]), key=lambda result: str(result["file"]))
+    return [{"name": result["file"], "row_groups": result["row_groups"]} for result in made]
+
+
+Run = Callable[[Job, Sequence[Task]], Iterator[Task]]
+
+
+def _engine(engine: Engine, files: Sequence[RawFile]) -> Run:
+    if engine == "auto":
+        # not imported: if Ray has been started in this process, it is loaded
+        ray = sys.modules.get("ray")
+        started = ray is not None and ray.is_initialized()
+        engine = "ray" if started or sum(file.bytes for file in files) > LOCAL_BYTES else "local"
+    return _with_ray if engine == "ray" else _with_threads
+
+
+def _with_threads(job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
+    # threads, not processes: nearly all the time is spent in Arrow and numpy, which release the GIL
+    with ThreadPoolExecutor(min(LOCAL_THREADS, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(run_task, job, task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _with_ray(job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
+    import ray.data
+
+    items = [json.dumps(task) for task in tasks]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset.context.enable_progress_bars = False
+    for row in dataset.map(lambda item: {"result": json.dumps(run_task(job, json.loads(item["item"])))}).iter_rows():
+        yield json.loads(row["result"])
+
+
+def _run_all(run: Run, job: Job, tasks: Sequence[Task], stage: str, progress: Progress) -> list[Task]:
+    """The results by task name. Raises UserError with what the first failing tasks said."""
+    results: list[Task] = []
+    progress(stage, 0, len(tasks))
+    for result in run(job, tasks):
+        if "error" in result:
+            raise UserError(result["error"])
+        if "gone" in result:
+            raise FileNotFoundError(result["gone"])
+        results.append(result)
+        progress(stage, len(results), len(tasks))
+    return sorted(results, key=lambda result: str(result["name"]))
+
+
+def _check_rejects(job: Job, results: Sequence[Task], rows_in: dict[str, int]) -> dict[str, int]:
+    """Write the rejects so far as `rejects/0000.parquet`, sorted. Returns their number by table.
+
+    Raises UserError with the first five of a table of which more than `max_reject_share` was rejected.
+    """
+    counts = {table: sum(r["rejected"] for r in results if r["table"] == table) for table in rows_in}
+    tables = [REJECTS.empty_table()]
+    for result in results:
+        if result["rejected"] and sum(table.num_rows for table in tables) < KEPT_REJECTS:
+            place = storage(join(job.work, f"{result['name']}.rejects.parquet"))
+            tables.append(pq.read_table(place.path, filesystem=place.filesystem))
+    if len(tables) == 1:
+        return counts
+    rejects = pa.concat_tables(tables).sort_by([(name, "ascending") for name in REJECTS.names]).combine_chunks()
+    artifacts.write_table(join(job.uri, "rejects", "0000.parquet"), rejects)
+    for table, count in counts.items():
+        if count > job.data.max_reject_share * rows_in[table]:
+            some = rejects.filter(pc.starts_with(rejects["file"], f"{table}/"))
+            raise _too_many(job.data, table, count, rows_in[table], some, job.uri)
+    return counts
+
+
+def _too_many(data: Data, table: str, count: int, total: int, rejects: pa.Table, uri: str) -> UserError:
+    lines = [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in rejects.slice(0, 5).to_pylist()]
+    more = (
+        [f"  ... and {count - len(lines)} more, in {join(uri, 'rejects', '0000.parquet')}"]
+        if count > len(lines)
+        else []
+    )
+    head = (
+        f"{table}: {count} of {total} rows break the schema ({count / total:.2%}), more than data.max_reject_share = "
+        f"{data.max_reject_share:.2%}; mend them at the source, or raise data.max_reject_share to go on without them"
+    )
+    return UserError("\n".join([head, *lines, *more]))
+
+
+def _remove(uri: str) -> None:
+    place = storage(uri)
+    # another driver of the same artifact may have removed it already
+    with contextlib.suppress(FileNotFoundError):
+        place.filesystem.delete_dir(place.path)

@@ -1,0 +1,360 @@
+"""Reading timelines into `Rows`: buckets of a `timelines` artifact, or plain tables (inline histories).
+
+One decoder serves both, so that a stored user and the same user inline are the same arrays. A bucket's users come out
+sorted by (hash, user) whatever the number of parts that hold them: a batch does not change when parts are compacted.
+Shapes: N users, A active days (all users together), U behaviours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lum_ray import artifacts
+from lum_ray.artifacts import UserError
+from lum_ray.data.rows import Int32, Int64, Rows, Strings, UInt64, expand, hash_strings
+from lum_ray.data.windows import first_days
+
+USER = ("user", "user_hash")
+NOT_PROFILE = ("bucket", "user", "user_hash", "registered", "ends", "segment")
+"""Columns of a profiles file that are not the user's raw numbers and categories."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A stored daily number: binary (0/1) or an integer in units of `resolution`."""
+
+    name: str
+    kind: str
+    resolution: float
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """One bucket's users in one file, as the manifest promises them."""
+
+    uri: str
+    index: int
+    rows: int
+    groups: int  # row groups in the file
+
+
+class Timelines:
+    """A committed `timelines` artifact. Nothing but its manifest is read until rows are asked for.
+
+    Holds no open files, so that one object may be read from several threads. Reading raises UserError where a file is
+    missing, or is not what the manifest says.
+    """
+
+    def __init__(self, artifact: artifacts.Artifact) -> None:
+        manifest = artifact.manifest
+        if manifest.get("kind") != "timelines":
+            raise UserError(f"{artifact.uri}: expected an artifact of kind 'timelines', got {manifest.get('kind')!r}")
+        self.uri = artifact.uri
+        self.manifest: Mapping[str, Any] = manifest
+        self.behaviours = tuple(
+            Behaviour(item["name"], item["kind"], float(item["resolution"])) for item in manifest["behaviours"]
+        )
+        self.start_day, self.end_day = int(manifest["first_day"]), int(manifest["end_day"])
+        self.buckets = 1 << int(manifest["log2_buckets"])
+        parts = sorted(manifest["parts"], key=lambda part: (part["from_day"], part["to_day"], part["path"]))
+        self._groups = self._by_bucket([(part["path"], part["files"]) for part in parts])
+        self._profiles = self._by_bucket([("profiles", manifest["profiles"] or [])])
+        self._footers: dict[str, pq.FileMetaData] = {}
+
+    @classmethod
+    def open(cls, uri: str) -> Timelines:
+        """The artifact at `uri` (local or s3://). Raises UserError where none is committed."""
+        return cls(artifacts.open_artifact(uri))
+
+    @cached_property
+    def bucket_users(self) -> Int64:
+        """Distinct users of each bucket (buckets,).
+
+        From the manifest where no user can be in two parts; otherwise the users' columns of the buckets that several
+        parts hold are read once.
+        """
+        counts = np.zeros(self.buckets, np.int64)
+        for bucket, groups in self._groups.items():
+            counts[bucket] = sum(group.rows for group in groups)
+        if int(counts.sum()) == int(self.manifest["users"]):
+            return counts
+        for bucket, groups in self._groups.items():
+            if len(groups) > 1:
+                table = pa.concat_tables([self._read(group, USER)[0] for group in groups])
+                counts[bucket] = table.group_by(list(USER)).aggregate([]).num_rows
+        return counts
+
+    def read(self, buckets: Sequence[int], behaviours: Sequence[str] | None = None) -> Rows:
+        """All users with events of `buckets`, bucket after bucket, each sorted by (hash, user).
+
+        `behaviours` limits the columns of `Rows.values` (default: all; an empty tuple reads the active days alone).
+        """
+        return self.read_measured(buckets, behaviours)[0]
+
+    def read_measured(self, buckets: Sequence[int], behaviours: Sequence[str] | None = None) -> tuple[Rows, int]:
+        """As `read`, beside the bytes that were asked of the store (column chunks, and footers when first seen)."""
+        names = tuple(item.name for item in self.behaviours) if behaviours is None else tuple(behaviours)
+        pieces: list[Rows] = []
+        bytes_read = 0
+        for bucket in buckets:
+            parts = [self._read(group, (*USER, "days", *names)) for group in self._groups.get(bucket, [])]
+            if not parts:
+                continue
+            profiles = [self._read(group, None) for group in self._profiles.get(bucket, [])]
+            bytes_read += sum(size for _, size in [*parts, *profiles])
+            where = f"{self.uri}, bucket {bucket}"
+            history = _merge(_decode(pa.concat_tables([table for table, _ in parts]), names, where), where)
+            profile = pa.concat_tables([table for table, _ in profiles]) if profiles else self._no_profiles
+            pieces.append(_rows(history, profile, self.start_day, self.end_day))
+        if not pieces:
+            pieces.append(_rows(_nothing(len(names)), self._no_profiles, self.start_day, self.end_day))
+        return Rows.concat(pieces), bytes_read
+
+    def _by_bucket(self, folders: list[tuple[str, list[dict[str, Any]]]]) -> dict[int, list[_RowGroup]]:
+        found: dict[int, list[_RowGroup]] = {}
+        for folder, files in folders:
+            for file in files:
+                uri, groups = artifacts.join(self.uri, folder, file["name"]), file["row_groups"]
+                for index, group in enumerate(groups):
+                    entry = _RowGroup(uri, index, int(group["rows"]), len(groups))
+                    found.setdefault(int(group["bucket"]), []).append(entry)
+        return dict(sorted(found.items()))
+
+    def _read(self, group: _RowGroup, columns: Sequence[str] | None) -> tuple[pa.Table, int]:
+        """The row group's `columns` (None: all) and the bytes that were asked for."""
+        place = artifacts.storage(group.uri)
+        size = 0
+        try:
+            with place.filesystem.open_input_file(place.path) as stream:
+                file = pq.ParquetFile(stream, metadata=self._footers.get(group.uri), pre_buffer=True)
+                if group.uri not in self._footers:
+                    size += int(file.metadata.serialized_size)
+                    self._check(group, file)
+                    self._footers[group.uri] = file.metadata
+                about = file.metadata.row_group(group.index)
+                if about.num_rows != group.rows:
+                    raise UserError(
+                        f"{group.uri}: row group {group.index} has {about.num_rows} rows, its manifest says {group.rows}; "
+                        "the file was changed after the artifact was built: prepare it again under another root"
+                    )
+                stored = file.schema_arrow.names
+                names = stored if columns is None else list(columns)
+                missing = sorted(set(names) - set(stored))
+                if missing:
+                    raise UserError(
+                        f"{group.uri}: expected the columns {missing[:5]}, the file has {stored}; prepare the timelines again"
+                    )
+                chunks = [about.column(index) for index in range(about.num_columns)]
+                size += sum(int(chunk.total_compressed_size) for chunk in chunks if _root(chunk) in names)
+                return file.read_row_group(group.index, columns=names).select(names), size
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{group.uri}: the manifest of {self.uri} names this file, but it is not there; restore it, or remove the "
+                "artifact's folder and prepare again"
+            ) from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(
+                f"{group.uri}: expected a parquet file with {group.groups} row groups, but it cannot be read ({error}); if "
+                "the store is well, the file was cut off or damaged: remove the artifact's folder and prepare again"
+            ) from error
+
+    def _check(self, group: _RowGroup, file: pq.ParquetFile) -> None:
+        if file.metadata.num_row_groups != group.groups:
+            raise UserError(
+                f"{group.uri}: has {file.metadata.num_row_groups} row groups, its manifest says {group.groups}; the file was "
+                "changed after the artifact was built: remove the artifact's folder and prepare again"
+            )
+
+    @cached_property
+    def _no_profiles(self) -> pa.Table | None:
+        """A profile table without rows, with the columns that every other bucket has."""
+        if not self._profiles:
+            return None
+        return self._read(next(iter(self._profiles.values()))[0], None)[0].slice(0, 0)
+
+
+def rows_from_tables(
+    daily: pa.Table, profiles: pa.Table | None, behaviours: Sequence[str], start_day: int, end_day: int
+) -> Rows:
+    """Users that are in memory already, as `Timelines.read` gives a bucket: sorted by (hash, user).
+
+    `daily` has user, day and one integer column a behaviour (units of its resolution), one row per user and day, in any
+    order. `profiles` has user and optionally registered, ends, segment and raw columns; a user who is only there gets an
+    empty history (and without a registration did not exist before `end_day`). Raises UserError where a (user, day)
+    comes twice.
+    """
+    names = daily["user"].cast(pa.string()).combine_chunks()
+    known = [names] if profiles is None else [names, profiles["user"].cast(pa.string()).combine_chunks()]
+    users = pc.unique(pa.concat_arrays(known))
+    keyed = pa.table({"user": users, "user_hash": hash_strings(users.to_pylist())})
+    keyed = keyed.take(pc.sort_indices(keyed, sort_keys=[(name, "ascending") for name in reversed(USER)]))
+    row = _numpy(pc.index_in(names, value_set=keyed["user"].combine_chunks()), np.int64)
+    days = _numpy(daily["day"], np.int32)
+    order = np.lexsort((days, row))
+    history = _History(
+        user=keyed["user"].combine_chunks(),
+        user_hash=_numpy(keyed["user_hash"], np.uint64),
+        lengths=np.bincount(row, minlength=len(users)).astype(np.int64),
+        days=days[order],
+        values=_columns([daily[name] for name in behaviours], len(days))[order],
+    )
+    _check_days(history, "the daily table")
+    return _rows(history, profiles, start_day, end_day)
+
+
+@dataclass(frozen=True)
+class _History:
+    """N users' active days, before profiles join."""
+
+    user: pa.Array  # (N,) string
+    user_hash: UInt64  # (N,)
+    lengths: Int64  # (N,)
+    days: Int32  # (A,)
+    values: Int64  # (A, U)
+
+
+def _root(chunk: pq.ColumnChunkMetaData) -> str:
+    """`days` of the parquet column `days.list.element`."""
+    return str(chunk.path_in_schema).partition(".")[0]
+
+
+def _numpy(column: pa.ChunkedArray | pa.Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """A column without nulls as numpy (bool and integers). Raises pyarrow's ArrowInvalid where a value does not fit."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return np.asarray(array.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False), dtype)
+
+
+def _columns(columns: Sequence[pa.ChunkedArray], length: int) -> Int64:
+    values = np.empty((length, len(columns)), np.int64)
+    for index, column in enumerate(columns):
+        values[:, index] = _numpy(column, np.int64)
+    return values
+
+
+def _nothing(width: int) -> _History:
+    none = np.zeros(0, np.int64)
+    return _History(
+        pa.array([], pa.string()), none.astype(np.uint64), none, none.astype(np.int32), np.zeros((0, width), np.int64)
+    )
+
+
+def _decode(table: pa.Table, behaviours: Sequence[str], where: str) -> _History:
+    """List columns as CSR. `list_flatten` and the list lengths are right for slices, unlike the raw buffers."""
+    lengths = _numpy(pc.fill_null(pc.list_value_length(table["days"]), 0), np.int64)
+    for name in behaviours:
+        theirs = _numpy(pc.fill_null(pc.list_value_length(table[name]), 0), np.int64)
+        wrong = np.flatnonzero(theirs != lengths)[:5]
+        if len(wrong):
+            raise UserError(
+                f"{where}: '{name}' must have one value per active day; expected {lengths[wrong].tolist()}, got "
+                f"{theirs[wrong].tolist()} for the users {table['user'].take(wrong).to_pylist()}; prepare the timelines again"
+            )
+    days = _numpy(pc.list_flatten(table["days"]), np.int32)
+    return _History(
+        user=table["user"].cast(pa.string()).combine_chunks(),
+        user_hash=_numpy(table["user_hash"], np.uint64),
+        lengths=lengths,
+        days=days,
+        values=_columns([pc.list_flatten(table[name]) for name in behaviours], len(days)),
+    )
+
+
+def _merge(history: _History, where: str) -> _History:
+    """One row per user, sorted by (hash, user); a user's rows (one a part, in the parts' order) are joined."""
+    hashes = history.user_hash
+    # hashes that ascend strictly are the common case (one part): nothing to sort, nobody twice
+    if not np.all(hashes[1:] > hashes[:-1]):
+        table = pa.table({"user": history.user, "user_hash": hashes})
+        order = _numpy(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in reversed(USER)]), np.int64)
+        users = history.user.take(order)
+        hashes, lengths = hashes[order], history.lengths[order]
+        same = (hashes[1:] == hashes[:-1]) & _numpy(pc.equal(users[1:], users[:-1]), np.bool_)
+        starts = np.flatnonzero(np.concatenate([[True], ~same]))
+        ends = np.cumsum(history.lengths)
+        _, index = expand((ends - history.lengths)[order], ends[order])
+        history = _History(
+            user=users.take(starts),
+            user_hash=hashes[starts],
+            lengths=np.add.reduceat(lengths, starts),
+            days=history.days[index],
+            values=history.values[index],
+        )
+    _check_days(history, where)
+    return history
+
+
+def _check_days(history: _History, where: str) -> None:
+    """Days must ascend strictly inside a user: `span` searches them, and a day that comes twice has two values."""
+    inside = np.ones(max(len(history.days) - 1, 0), np.bool_)
+    starts = np.cumsum(history.lengths)[:-1]
+    inside[starts[(starts > 0) & (starts < len(history.days))] - 1] = False
+    wrong = np.flatnonzero(inside & (history.days[1:] <= history.days[:-1]))[:5] + 1
+    if len(wrong):
+        row = np.searchsorted(np.cumsum(history.lengths), wrong, side="right")
+        pairs = list(zip(history.user.take(row).to_pylist(), history.days[wrong].tolist(), strict=True))
+        raise UserError(
+            f"{where}: expected each (user, day) once and days ascending, over all parts; got again {pairs}; prepare the "
+            "timelines anew, or remove the repeated rows"
+        )
+
+
+def _rows(history: _History, profiles: pa.Table | None, start_day: int, end_day: int) -> Rows:
+    """Joins the users' profiles (missing users and nulls are normal) and bounds their observation."""
+    count = len(history.user)
+    if profiles is None:
+        profiles = pa.table({"user": pa.array([], pa.string())})
+    # take() with a null index gives null: a user without profile
+    joined = profiles.take(pc.index_in(history.user, value_set=profiles["user"].cast(pa.string()).combine_chunks()))
+    offsets = np.concatenate([[0], np.cumsum(history.lengths)]).astype(np.int64)
+    first_event = np.full(count, end_day, np.int32)
+    active = history.lengths > 0
+    first_event[active] = history.days[offsets[:-1][active]]
+    registered = _or(joined, "registered", first_event)
+    end = np.minimum(_or(joined, "ends", np.full(count, end_day, np.int32)), end_day)
+    segment = joined["segment"] if "segment" in joined.column_names else pa.nulls(count, pa.string())
+    return Rows(
+        user=_objects(history.user),
+        user_hash=history.user_hash,
+        offsets=offsets,
+        days=history.days,
+        values=history.values,
+        first_day=first_days(registered, first_event, start_day),
+        end_day=end.astype(np.int32),
+        segment=_objects(pc.fill_null(segment.cast(pa.string()), "")),
+        profile={name: _profile(joined[name]) for name in joined.column_names if name not in NOT_PROFILE},
+    )
+
+
+def _or(table: pa.Table, name: str, default: Int32) -> Int32:
+    """Day column `name`, with `default` (N,) where it is null or not there."""
+    if name not in table.column_names:
+        return default
+    return _numpy(pc.coalesce(table[name].cast(pa.int32()), pa.array(default)), np.int32)
+
+
+def _objects(column: pa.ChunkedArray | pa.Array) -> Strings:
+    """Text (or anything else that is no number) as objects, None for null; always writable."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return np.array(array.cast(pa.string()).to_numpy(zero_copy_only=False), dtype=np.object_)
+
+
+def _profile(column: pa.ChunkedArray) -> npt.NDArray[np.generic]:
+    """Numbers and booleans as float64 with NaN, the rest as objects with None."""
+    kind = column.type
+    if (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+    ):
+        return np.array(column.combine_chunks().cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+    return _objects(column)

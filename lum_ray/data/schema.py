@@ -1,0 +1,385 @@
+"""The raw tables: their files, columns and types, what a row must be, and the table of rejected rows.
+
+Checks come in two kinds. What is wrong with a file (not parquet, cut off, a missing or mistyped column, no rows) stops
+everything with a UserError before anything starts. What is wrong with a row sends the row to the rejects, a table of
+(file, row, reason): `file` is `<table>/<path below the table's folder>`, so that it does not depend on the machine,
+`row` counts from 0 in the file.
+
+Choices: a timestamp with a zone belongs to the day of its instant in the run's time zone; a timestamp without one is
+refused unless the run's time zone is UTC (then it is read as UTC); dates and day numbers are days already. Integer
+users are read as their decimal digits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import zoneinfo
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lum_ray.artifacts import UserError, list_files, storage
+from lum_ray.config import Data, day_number
+from lum_ray.data.expressions import parse, plain, to_units
+
+Bool = npt.NDArray[np.bool_]
+REJECTS = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
+RESERVED = ("bucket", "user", "user_hash", "days", "day")
+"""Columns of the timelines, which no behaviour may be named after."""
+PROVENANCE = ("@id", "@file", "@row")
+"""Columns that cleaned events carry besides where `events.id` is set, so that `drop_repeats` can find repeated rows."""
+
+
+@dataclass(frozen=True)
+class RawTables:
+    """Where the raw tables are: a folder of parquet files (or one file) each, local or s3://."""
+
+    events: str
+    profiles: str | None = None
+    calendar: str | None = None
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A parquet file of a raw table: its URI, its name in rejects, its size and the rows of each of its row groups."""
+
+    uri: str
+    name: str
+    bytes: int
+    row_groups: tuple[int, ...]
+    schema: pa.Schema = field(repr=False, compare=False)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_groups)
+
+
+def raw_files(uri: str, table: str) -> list[RawFile]:
+    """The parquet files of a raw table, by name, every footer read. `table` is `events`, `profiles` or `calendar`.
+
+    Raises UserError for no files, a file that is no parquet or is cut off, and a table without rows.
+    """
+    uris = list_files(uri, ".parquet")
+    if not uris:
+        there = [name.rsplit("/", 1)[-1] for name in list_files(uri)][:5]
+        raise UserError(f"data.{table}.path: {uri}: expected *.parquet files, found {there or 'an empty folder'}")
+    with ThreadPoolExecutor(16) as pool:
+        files = list(pool.map(lambda name: _footer(name, uri, table), uris))
+    if not any(file.rows for file in files):
+        raise UserError(
+            f"data.{table}.path: {uri}: expected rows, but the {len(files)} file(s) hold none; "
+            + (
+                "check the export"
+                if table == "events"
+                else f"check the export, or remove `data.{table}` from the run file"
+            )
+        )
+    return files
+
+
+def _footer(uri: str, root: str, table: str) -> RawFile:
+    file = open_parquet(uri)
+    metadata = file.metadata
+    groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+    below = uri[len(root.rstrip("/")) + 1 :] or uri.rsplit("/", 1)[-1]
+    place = storage(uri)
+    size = place.filesystem.get_file_info(place.path).size
+    return RawFile(uri, f"{table}/{below}", int(size or 0), groups, file.schema_arrow)
+
+
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """The parquet file at `uri`. Raises UserError naming the file where it is none, is cut off or is missing."""
+    place = storage(uri)
+    try:
+        return pq.ParquetFile(place.filesystem.open_input_file(place.path), pre_buffer=not place.is_local)
+    except FileNotFoundError:
+        raise UserError(f"{uri}: expected a parquet file, found nothing; was it moved while the job ran?") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise unreadable(uri, error) from None
+
+
+def unreadable(uri: str, error: Exception) -> UserError:
+    """What to say of a file whose content cannot be read."""
+    return UserError(
+        f"{uri}: expected a complete parquet file, cannot read it ({' '.join(str(error).split())[:200]}); "
+        "it is another format, was cut off or is damaged: write it again, or move it out of the folder"
+    )
+
+
+def check_events(uri: str, data: Data) -> list[RawFile]:
+    """The event files, after checking the behaviours and the columns and types of every file.
+
+    Raises UserError naming the file, the column, what was expected and how to mend it.
+    """
+    check_zone(data.time_zone)
+    for item in data.behaviours:
+        aggregate = parse(item.aggregate)
+        taken = sorted({"user", "day"} & set(aggregate.columns))
+        if taken:
+            raise UserError(
+                f"data.behaviours.{item.name}: {aggregate}: `{taken[0]}` is a name of lum_ray's own; rename the column"
+            )
+        if item.name in RESERVED:
+            raise UserError(
+                f"data.behaviours: `{item.name}` is the name of a column of the timelines; choose another name"
+            )
+        if aggregate.function in ("count", "n_unique", "any") and item.resolution != 1:
+            raise UserError(
+                f"data.behaviours.{item.name}.resolution: {aggregate} is whole, so expected 1 (the default), "
+                f"got {item.resolution}"
+            )
+    files = raw_files(uri, "events")
+    for file in files:
+        columns = {"user": data.events.user, "time": data.events.time} | (
+            {"id": data.events.id} if data.events.id else {}
+        )
+        require(file, {f"data.events.{key}": name for key, name in columns.items()})
+        check_user(file, data.events.user)
+        check_time(file, data.events.time, data.time_zone)
+        for item in data.behaviours:
+            try:
+                parse(item.aggregate).check(file.schema)
+            except UserError as error:
+                raise UserError(f"data.behaviours.{item.name}: {error}; in {file.uri}") from None
+    return files
+
+
+def check_zone(time_zone: str) -> None:
+    """Raise UserError unless `time_zone` is a name of the IANA database."""
+    try:
+        zoneinfo.ZoneInfo(time_zone)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        close = difflib.get_close_matches(time_zone, sorted(zoneinfo.available_timezones()), n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"data.time_zone: expected a name such as Europe/Berlin, got {time_zone!r}{hint}") from None
+
+
+def require(file: RawFile, columns: dict[str, str]) -> None:
+    """Raise UserError unless the file has the `columns` (run file path -> column)."""
+    there = file.schema.names
+    for path, name in columns.items():
+        if name not in there:
+            close = difflib.get_close_matches(name, there, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"it has: {', '.join(there[:20])}"
+            raise UserError(f"{file.uri}: missing column `{name}` ({path}); {hint}")
+
+
+def check_user(file: RawFile, column: str) -> None:
+    """Raise UserError unless the column holds strings or whole numbers."""
+    found = _decoded(file.schema.field(column).type)
+    if not (_is_string(found) or pa.types.is_integer(found)):
+        raise wrong_type(file, column, "strings or whole numbers", "cast the ids to strings")
+
+
+def check_time(file: RawFile, column: str, time_zone: str) -> None:
+    """Raise UserError unless the column tells days: a timestamp with a zone, a date or a whole day number."""
+    found = file.schema.field(column).type
+    expected = "a timestamp with a time zone, a date or a whole day number"
+    if pa.types.is_timestamp(found) and found.tz is None and time_zone != "UTC":
+        mend = f"attach the zone that it was written in (data.time_zone, {time_zone}, may be another)"
+        raise wrong_type(file, column, expected, mend)
+    if not (pa.types.is_timestamp(found) or pa.types.is_date(found) or pa.types.is_integer(found)):
+        raise wrong_type(
+            file, column, expected, "cast it (strings: parse them as timestamps; seconds: make them timestamps)"
+        )
+
+
+def wrong_type(file: RawFile, column: str, expected: str, mend: str) -> UserError:
+    """What to say of a column of the wrong type."""
+    return UserError(
+        f"{file.uri}: column `{column}`: expected {expected}, got {file.schema.field(column).type}; {mend}"
+    )
+
+
+def to_day(column: pa.ChunkedArray, time_zone: str) -> pa.Array:
+    """Times as day numbers (int32): null stays null, and so does what does not fit. See the choices above."""
+    found = column.type
+    if pa.types.is_timestamp(found):
+        # an instant without a zone only comes here when the run's zone is UTC
+        zoned = pc.cast(column, pa.timestamp("us", tz=found.tz or "UTC"), safe=False)
+        column = pc.cast(pc.local_timestamp(pc.cast(zoned, pa.timestamp("us", tz=time_zone))), pa.date32(), safe=False)
+    elif pa.types.is_date64(found):
+        column = pc.cast(column, pa.date32(), safe=False)
+    array = column.combine_chunks()
+    if pa.types.is_date32(array.type):
+        return array.view(pa.int32())
+    numbers = pc.cast(array, pa.int64(), safe=False)
+    info = np.iinfo(np.int32)
+    fits = pc.and_(pc.greater_equal(numbers, int(info.min)), pc.less_equal(numbers, int(info.max)))
+    return pc.cast(pc.if_else(fits, numbers, pa.scalar(None, pa.int64())), pa.int32())
+
+
+class Rejected:
+    """Collects for each row of a block the first reason against it."""
+
+    def __init__(self, file: str, first_row: int, rows: int) -> None:
+        self.file, self.first_row = file, first_row
+        self.bad = np.zeros(rows, np.bool_)
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._reasons: list[pa.Array] = []
+
+    def add(self, wrong: Bool, reason: str, values: pa.ChunkedArray | None = None) -> None:
+        """Reject the rows of the mask `wrong` (N,) that are not rejected yet; `{}` in `reason` is a row's value."""
+        rows = np.flatnonzero(wrong & ~self.bad)
+        if len(rows) == 0:
+            return
+        self.bad[rows] = True
+        # as Arrow writes them: Python has no datetime after the year 9999
+        shown = (
+            [None] * len(rows) if values is None else pc.cast(pc.take(values, pa.array(rows)), pa.string()).to_pylist()
+        )
+        self._rows.append(rows)
+        self._reasons.append(pa.array([reason.format(value) for value in shown], pa.string()))
+
+    def table(self) -> pa.Table:
+        """The rejects so far, by row."""
+        if not self._rows:
+            return REJECTS.empty_table()
+        rows = np.concatenate(self._rows)
+        order = np.argsort(rows)
+        reasons = pa.concat_arrays(self._reasons).take(pa.array(order))
+        file = pa.repeat(pa.scalar(self.file), len(rows))
+        return pa.table([file, pa.array(rows[order] + self.first_row, pa.int64()), reasons], schema=REJECTS)
+
+
+def mask(values: Any) -> Bool:
+    """An Arrow condition as numpy, null as False."""
+    array = pc.fill_null(values, False)
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    return np.asarray(array.to_numpy(zero_copy_only=False), np.bool_)
+
+
+def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: int = 0) -> tuple[pa.Table, pa.Table]:
+    """Events (N rows, as they are in a file or a request) for the tokenizer, and the rejects (file, row, reason).
+
+    Returns (user string, day int32, the columns that the behaviours use; with `events.id` also PROVENANCE, see
+    `drop_repeats`). Rejected: a null user, a null time, a NaN or infinite number, a value finer than its behaviour's
+    resolution or too large, a day outside [data.start, data.end), a null id.
+    Raises UserError for missing or mistyped columns.
+    """
+    require_in = RawFile(file, file, 0, (table.num_rows,), table.schema)
+    require(require_in, {"data.events.user": data.events.user, "data.events.time": data.events.time})
+    check_user(require_in, data.events.user)
+    check_time(require_in, data.events.time, data.time_zone)
+    rejected = Rejected(file, first_row, table.num_rows)
+    user, time = pc.cast(_plain(table, data.events.user, file), pa.string()), table[data.events.time]
+    day = to_day(time, data.time_zone)
+    rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
+    rejected.add(mask(pc.is_null(time)), f"`{data.events.time}` is null")
+    rejected.add(mask(pc.is_null(day)), f"`{data.events.time}` is {{}}, which is not a day within 32 bits", time)
+    if data.start is not None:
+        rejected.add(mask(pc.less(day, day_number(data.start))), f"{{}} is before data.start, {data.start}", time)
+    if data.end is not None:
+        rejected.add(
+            mask(pc.greater_equal(day, day_number(data.end))), f"{{}} is not before data.end, {data.end}", time
+        )
+
+    used: dict[str, pa.ChunkedArray] = {}
+    aggregates = [(item, parse(item.aggregate)) for item in data.behaviours]
+    for name in sorted({column for _, aggregate in aggregates for column in aggregate.columns}):
+        require(require_in, {"data.behaviours": name})
+        used[name] = _plain(table, name, file)
+        if pa.types.is_floating(used[name].type):
+            rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is {{}}", used[name])
+    events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
+    for item, aggregate in aggregates:
+        if aggregate.function in ("sum", "min", "max", "mean"):
+            value = aggregate.evaluate(events)
+            units = to_units(value, item.resolution)
+            rejected.add(units.infinite, f"{item.name}: {aggregate} is {{}}", value)
+            rejected.add(
+                units.finer, f"{item.name}: {aggregate} is {{}}, finer than the resolution {item.resolution}", value
+            )
+            rejected.add(
+                units.large, f"{item.name}: {aggregate} is {{}}, more than 2^48 times {item.resolution}", value
+            )
+    if data.events.id is not None:
+        require(require_in, {"data.events.id": data.events.id})
+        identity = pc.cast(_plain(table, data.events.id, file), pa.string())
+        rejected.add(mask(pc.is_null(identity)), f"`{data.events.id}` is null")
+        rows = pa.array(np.arange(first_row, first_row + table.num_rows))
+        for name, column in zip(PROVENANCE, (identity, pa.repeat(pa.scalar(file), table.num_rows), rows), strict=True):
+            events = events.append_column(name, column)
+    return (events.filter(pa.array(~rejected.bad)) if rejected.bad.any() else events), rejected.table()
+
+
+def read_events(
+    uri: str,
+    data: Data,
+    name: str | None = None,
+    row_groups: Sequence[int] | None = None,
+    first_row: int = 0,
+    batch_rows: int = 1 << 19,
+    each: Callable[[pa.Table], pa.Table] = lambda events: events,
+) -> tuple[pa.Table, pa.Table]:
+    """The cleaned events and the rejects of a file, or of some of its row groups (the first starting at `first_row`).
+
+    Read in batches of `batch_rows`; `each` is applied to every cleaned batch (prepare aggregates there, so that only
+    one raw batch is in memory). Raises UserError naming the file where it cannot be read.
+    """
+    columns = _event_columns(data)
+    events, rejects = [], []
+    for batch, row in batches(uri, columns, row_groups, first_row, batch_rows):
+        cleaned, bad = clean_events(batch, data, name or uri.rsplit("/", 1)[-1], row)
+        events.append(each(cleaned))
+        rejects.append(bad)
+    if not events:
+        empty = open_parquet(uri).schema_arrow.empty_table()
+        events.append(each(clean_events(empty, data)[0]))
+    return pa.concat_tables(events, promote_options="permissive"), pa.concat_tables([REJECTS.empty_table(), *rejects])
+
+
+def _event_columns(data: Data) -> list[str]:
+    names = {column for item in data.behaviours for column in parse(item.aggregate).columns}
+    return sorted(names | {data.events.user, data.events.time} | ({data.events.id} if data.events.id else set()))
+
+
+def batches(
+    uri: str, columns: Sequence[str], row_groups: Sequence[int] | None, first_row: int, batch_rows: int
+) -> Iterator[tuple[pa.Table, int]]:
+    """Yield (table, its first row in the file) of a file's row groups, at most `batch_rows` at a time."""
+    file = open_parquet(uri)
+    groups = list(range(file.metadata.num_row_groups)) if row_groups is None else list(row_groups)
+    row = first_row
+    try:
+        for batch in file.iter_batches(batch_rows, row_groups=groups, columns=list(columns), use_threads=False):
+            yield pa.Table.from_batches([batch]), row
+            row += batch.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise unreadable(uri, error) from None
+
+
+def drop_repeats(events: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Events with PROVENANCE -> the first (by file, row) of each (user, id) without it, and the rejected rest."""
+    keys = ["user", *PROVENANCE]
+    events = events.take(pc.sort_indices(events, sort_keys=[(name, "ascending") for name in keys])).combine_chunks()
+    again = np.zeros(events.num_rows, np.bool_)
+    if events.num_rows > 1:
+        user, identity = (events[name].combine_chunks() for name in keys[:2])
+        again[1:] = mask(pc.and_(pc.equal(user[1:], user[:-1]), pc.equal(identity[1:], identity[:-1])))
+    bad = events.filter(pa.array(again))
+    reason = pc.binary_join_element_wise("repeats the id ", bad["@id"], " of user ", bad["user"], "")
+    rejects = pa.table([bad["@file"], bad["@row"], reason], schema=REJECTS)
+    return events.filter(pa.array(~again)).drop_columns(list(PROVENANCE)), rejects
+
+
+def _plain(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
+    try:
+        return plain(table[name])
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits: {error}; cast it") from None
+
+
+def _decoded(found: pa.DataType) -> pa.DataType:
+    return found.value_type if pa.types.is_dictionary(found) else found
+
+
+def _is_string(found: pa.DataType) -> bool:
+    return bool(pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found))

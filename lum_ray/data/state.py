@@ -1,0 +1,141 @@
+"""Histories behind user ids, for serving: one memory-mapped Arrow file, a record batch for each bucket.
+
+Opening costs nothing whatever the size; a look-up reads only the pages of its users. A new snapshot is a new file, so
+that a server swaps it by opening another URI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from lum_ray.artifacts import Artifact, UserError, commit, find, join, open_artifact, read_bytes, storage, write_bytes
+from lum_ray.data.rows import Rows, hash_strings
+
+FILE = "state.arrow"
+
+
+def write_state(uri: str, buckets: Iterable[tuple[int, Rows]], log2_buckets: int, end_day: int) -> Artifact:
+    """Write a snapshot of `buckets` ((bucket, its rows), ascending) at `uri`; an existing one is returned as it is.
+
+    `end_day` (exclusive) is the day up to which the histories go: the default cut of a request.
+    """
+    if (found := find(uri)) is not None:
+        return found
+    users = 0
+    index: dict[int, int] = {}
+    with tempfile.NamedTemporaryFile(suffix=".arrow") as stream:
+        writer: pa.RecordBatchFileWriter | None = None
+        for position, (bucket, rows) in enumerate(buckets):
+            batch = _to_batch(rows)
+            writer = writer or pa.ipc.new_file(stream.name, batch.schema)
+            writer.write_batch(batch)
+            index[bucket] = position
+            users += len(rows)
+        if writer is None:
+            raise UserError(f"{uri}: no users to publish; prepare timelines with at least one user first")
+        writer.close()
+        with open(stream.name, "rb") as file:
+            write_bytes(join(uri, FILE), file.read())
+    return commit(
+        uri,
+        {"kind": "state", "log2_buckets": log2_buckets, "end_day": end_day, "users": users, "buckets": index, "file": FILE},
+    )
+
+
+def _to_batch(rows: Rows) -> pa.RecordBatch:
+    offsets = pa.array(rows.offsets.astype(np.int32))
+    columns: dict[str, pa.Array] = {
+        "user": pa.array(rows.user, pa.string()),
+        "user_hash": pa.array(rows.user_hash),
+        "days": pa.ListArray.from_arrays(offsets, pa.array(rows.days)),
+        "values": pa.ListArray.from_arrays(
+            offsets, pa.FixedSizeListArray.from_arrays(pa.array(rows.values.ravel()), rows.values.shape[1])
+        ),
+        "first_day": pa.array(rows.first_day),
+        "end_day": pa.array(rows.end_day),
+        "segment": pa.array(rows.segment, pa.string()),
+    }
+    for name, column in rows.profile.items():
+        numeric = column.dtype != np.object_
+        columns[f"profile.{name}"] = pa.array(column) if numeric else pa.array(column.tolist(), pa.string())
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _to_rows(batch: pa.RecordBatch) -> Rows:
+    names = batch.schema.names
+    days, values = batch["days"], batch["values"]
+    profile = {}
+    for name in names:
+        if name.startswith("profile."):
+            column = batch[name]
+            numeric = pa.types.is_floating(column.type) or pa.types.is_integer(column.type)
+            profile[name.removeprefix("profile.")] = (
+                column.to_numpy(zero_copy_only=False) if numeric else np.array(column.to_pylist(), object)
+            )
+    return Rows(
+        user=np.array(batch["user"].to_pylist(), object),
+        user_hash=batch["user_hash"].to_numpy(),
+        offsets=days.offsets.to_numpy().astype(np.int64),
+        days=days.values.to_numpy(),
+        values=values.values.values.to_numpy().reshape(-1, values.type.value_type.list_size),
+        first_day=batch["first_day"].to_numpy(),
+        end_day=batch["end_day"].to_numpy(),
+        segment=np.array(batch["segment"].to_pylist(), object),
+        profile=profile,
+    )
+
+
+@dataclass(frozen=True)
+class State:
+    """A snapshot, opened. `end_day` is the first day that it knows nothing of."""
+
+    uri: str
+    end_day: int
+    log2_buckets: int
+    _reader: pa.RecordBatchFileReader
+    _index: dict[int, int]
+
+    @staticmethod
+    def open(uri: str) -> State:
+        """Open the snapshot at `uri` (on an object store: one download into a local file). Raises UserError."""
+        artifact = open_artifact(uri)
+        place = storage(join(uri, str(artifact.manifest["file"])))
+        path = place.path
+        if not place.is_local:
+            path = os.path.join(tempfile.mkdtemp(prefix="lum_ray_state_"), FILE)
+            with open(path, "wb") as stream:
+                stream.write(read_bytes(join(uri, str(artifact.manifest["file"]))))
+        reader = pa.ipc.open_file(pa.memory_map(path))
+        index = {int(bucket): int(place) for bucket, place in json.loads(json.dumps(artifact.manifest["buckets"])).items()}
+        return State(uri, int(artifact.manifest["end_day"]), int(artifact.manifest["log2_buckets"]), reader, index)
+
+    def rows(self, users: Sequence[str]) -> dict[str, Rows]:
+        """The histories of those of `users` that the snapshot knows, a `Rows` of one user each."""
+        hashes = hash_strings(list(users))
+        buckets = hashes & np.uint64((1 << self.log2_buckets) - 1)
+        found: dict[str, Rows] = {}
+        for bucket in np.unique(buckets):
+            position = self._index.get(int(bucket))
+            if position is None:
+                continue
+            batch = self._reader.get_batch(position)
+            stored = batch["user_hash"].to_numpy()
+            for place in np.flatnonzero(buckets == bucket):
+                for row in np.flatnonzero(stored == hashes[place]):
+                    if batch["user"][int(row)].as_py() == users[place]:
+                        piece = pa.Table.from_batches([batch.slice(int(row), 1)]).combine_chunks().to_batches()[0]
+                        found[users[place]] = _to_rows(pa.RecordBatch.from_pydict(
+                            {name: pa.concat_arrays([piece[name]]) for name in piece.schema.names}
+                        ))
+        return found
+
+    def users(self) -> list[str]:
+        """All user ids, in stored order."""
+        return [str(user) for i in range(self._reader.num_record_batches) for user in self._reader.get_batch(i)["user"].to_pylist()]

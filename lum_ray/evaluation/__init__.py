@@ -1,0 +1,1 @@
+"""Evaluation: reads prediction files, never a model. Metrics, their intervals, baselines, the report."""

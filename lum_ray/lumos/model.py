@@ -1,0 +1,386 @@
+"""LUMOS: a transformer over the past days whose queries are the known future days.
+
+A batch is a mapping of tensors (numpy arrays of these names and dtypes made by collate). Legend:
+B windows, T history_days, A active days of the batch, U behaviours, E distinct event rows, S event_width,
+C cuts per window (or what-if scenarios), X = inputs.days_ahead(F) future days, F future_days, H horizon targets,
+V = U + D daily targets, N numbers, G categories, K = V + H terms, D width, Q = F + H queries of a cut.
+
+  values_AU          int64    stored integers of the active days
+  slot_A             int64    where each belongs: b * T + t, each slot at most once
+  pads_B             int64    how many leading days of the window lie before the user existed
+  numbers_BN         float32  NaN: missing
+  categories_BG      int64    0: missing or unknown, 1.. : position in the vocabulary + 1
+  event_rows_ES      float32  distinct days of the calendar, weekday and season first
+  history_event_BT   int64    the event row of each day of the window
+  future_event_BCX   int64    the event row of each future day of each cut
+  visible_BC         int64    a cut sees positions < visible (the paper: C = 1 and visible = T). Other values than T
+                              need `causal`; without it several entries of C are scenarios of the same cut
+and for the loss
+  daily_BCFV         float32  targets in stored units, NaN where unknown
+  horizon_BCH        float32  likewise
+  valid_BC           bool     whether the sample is there at all
+  counts_K           float64  losses.counts of the batch, for the loop
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from lum_ray.lumos.config import Inputs, LumosConfig
+from lum_ray.lumos.losses import Objective
+from lum_ray.nn import (
+    MLP,
+    Constants,
+    CrossAttention,
+    EncoderLayer,
+    HeadBank,
+    KeysValues,
+    Rotation,
+    SelfAttention,
+    SwiGLU,
+    decays,
+    rotation,
+    sinusoidal,
+)
+
+Batch = Mapping[str, Tensor]
+CATEGORY_WIDTH = 16
+HIDDEN_PAD = -1e4
+"""Score of a pad that is not to be attended to: finite, so that a window of pads alone still has weights."""
+
+
+class Memory(NamedTuple):
+    """An encoded history, to be decoded as often as wanted (what-if)."""
+
+    states_BTD: Tensor  # noqa: N815 (a shape suffix)
+    keys_values: tuple[KeysValues, ...]
+    """Of each decoder layer."""
+    pad_BT: Tensor  # noqa: N815
+
+
+class Measured(nn.Module):
+    """From stored numbers to the model's scale, by constants of the state dict that stay float32."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        values = {
+            "resolution_U": torch.tensor([b.resolution for b in inputs.behaviours], dtype=torch.float32),
+            "scale_U": torch.tensor([b.scale for b in inputs.behaviours], dtype=torch.float32),
+            "log_U": torch.tensor([b.transform == "log1p" for b in inputs.behaviours]),
+            "mean_N": torch.tensor([n.mean for n in inputs.numbers], dtype=torch.float32),
+            "std_N": torch.tensor([n.std for n in inputs.numbers], dtype=torch.float32),
+        }
+        self.constants = Constants(values, persistent=True)
+
+    def activity(self, values_AU: Tensor) -> Tensor:
+        """transform(value * resolution) / scale as float32; 0 stays 0, negative values mirror positive ones."""
+        raw = values_AU.float() * self.constants["resolution_U"]
+        return torch.where(self.constants["log_U"], raw.sign() * raw.abs().log1p(), raw) / self.constants["scale_U"]
+
+    def numbers(self, numbers_BN: Tensor) -> Tensor:
+        """(B, 2 N): standardised numbers with 0 for missing ones, then whether each is missing."""
+        missing, mean_N = numbers_BN.isnan(), self.constants["mean_N"]
+        known = torch.where(missing, mean_N, numbers_BN)
+        return torch.cat([(known - mean_N) / self.constants["std_N"], missing.float()], dim=-1)
+
+
+class Tokenizer(nn.Module):
+    """One token a day from activity, static attributes and events. Source: LUMOS, section 3.3, eq. 1."""
+
+    def __init__(self, config: LumosConfig, inputs: Inputs) -> None:
+        super().__init__()
+        embed, width, behaviours = config.embedding, config.width, len(inputs.behaviours)
+        self.measured = Measured(inputs)
+        sizes = [len(category.values) + 1 for category in inputs.categories]
+        static_width = 2 * len(inputs.numbers) + CATEGORY_WIDTH * len(sizes)
+        self.user = MLP(behaviours, embed, config.embed_layers)
+        self.event = MLP(inputs.event_width, embed, config.embed_layers)
+        self.static = MLP(static_width, embed, config.embed_layers) if config.static and static_width else None
+        self.categories = nn.ModuleList(nn.Embedding(size, CATEGORY_WIDTH) for size in sizes if self.static)
+        self.u_pad = nn.Parameter(torch.randn(behaviours)) if config.pad == "learned" else None
+        self.project_in = nn.Linear(embed * (3 if self.static else 2), width)
+        self.project_out = nn.Linear(width, width)
+
+    def _static(self, batch: Batch) -> Tensor:
+        """The embedded static attributes (B, embed)."""
+        codes = batch["categories_BG"].unbind(-1)
+        vectors = [table(code) for table, code in zip(self.categories, codes, strict=True)]
+        x_BW = torch.cat([self.measured.numbers(batch["numbers_BN"]), *vectors], dim=-1)
+        assert self.static is not None
+        embedded: Tensor = self.static(x_BW.to(self.project_in.weight.dtype))
+        return embedded
+
+    def forward(self, batch: Batch, rows_ES: Tensor, pad_BT: Tensor, plain: bool = False) -> Tensor:
+        """Tokens (B, T, D). `plain` builds every day's three vectors and concatenates them; the other form splits the
+        projection's first layer by modality, so that events run on distinct rows, static attributes once a window and
+        activity on active days, one zero day and one pad.
+        """
+        index_BT, slot_A = batch["history_event_BT"], batch["slot_A"]
+        dtype = self.project_in.weight.dtype
+        x_AU = self.measured.activity(batch["values_AU"]).to(dtype)
+        zero_U = x_AU.new_zeros(x_AU.shape[1])
+        pad_U = self.u_pad if self.u_pad is not None else zero_U
+        history = index_BT.shape[1]
+        if plain:
+            dense = x_AU.new_zeros(index_BT.numel(), x_AU.shape[1]).index_put((slot_A,), x_AU)
+            dense = dense.view(*index_BT.shape, x_AU.shape[1])
+            parts = [self.user(torch.where(pad_BT[..., None], pad_U, dense))]
+            if self.static is not None:
+                parts.append(self._static(batch)[:, None].expand(-1, history, -1))
+            parts.append(self.event(rows_ES[index_BT]))
+            return self.project_out(F.relu(self.project_in(torch.cat(parts, dim=-1))))  # type: ignore[no-any-return]
+
+        by_modality = self.project_in.weight.chunk(3 if self.static else 2, dim=1)
+        users = F.linear(self.user(torch.cat([x_AU, zero_U[None], pad_U[None]])), by_modality[0])
+        active_AD, zero_D, extra_pad_D = users[:-2], users[-2], users[-1] - users[-2]
+        hidden = F.embedding(index_BT, F.linear(self.event(rows_ES), by_modality[-1]))
+        window_D = zero_D + self.project_in.bias
+        if self.static is not None:
+            window_D = F.linear(self._static(batch), by_modality[1])[:, None] + window_D
+        # in place: nothing below needs the values before it for its gradient
+        flat = hidden.add_(window_D.to(hidden.dtype)).flatten(0, 1)
+        pad_X = pad_BT.flatten().to(hidden.dtype)
+        flat.addmm_(pad_X[:, None], extra_pad_D[None].to(hidden.dtype))
+        # a day before the user existed stays a pad even if the data has activity there
+        observed_A = 1 - pad_X[slot_A]
+        flat.index_add_(0, slot_A, ((active_AD - zero_D) * observed_A[:, None]).to(hidden.dtype))
+        return self.project_out(hidden.relu_())  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm cross-attention and SwiGLU; no self-attention, so that each future day stands alone (unless
+    `self_attention`, an ablation). Source: LUMOS, eqs. 2 to 6."""
+
+    def __init__(self, config: LumosConfig, gain: float) -> None:
+        super().__init__()
+        self.cross_norm, self.swiglu_norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.cross = CrossAttention(config.width, config.heads, config.dropout, gain)
+        self.swiglu = SwiGLU(config.width, config.swiglu_width)
+        among = config.decoder_self_attention
+        self.among_norm = nn.LayerNorm(config.width) if among else None
+        self.among = SelfAttention(config.width, config.heads, config.dropout) if among else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BCQD: Tensor, memory: KeysValues, bias: Tensor | None, turned: Rotation | None, plain: bool
+    ) -> Tensor:
+        shape = x_BCQD.shape
+        if self.among is not None and self.among_norm is not None:
+            x_BCQD = x_BCQD + self.dropout(self.among(self.among_norm(x_BCQD), plain=plain))
+        x = x_BCQD.flatten(1, 2)
+        x = x + self.dropout(self.cross(self.cross_norm(x), memory, bias, turned, plain))
+        x = x + self.dropout(self.swiglu(self.swiglu_norm(x), plain))
+        result: Tensor = x.view(shape)
+        return result
+
+
+class Lumos(nn.Module):
+    """The model. `forward(batch)` gives daily_BCFVP and horizon_BCHP (see `losses.Objective` for what the P outputs
+    mean), `loss(batch)` the objective's sums and counts."""
+
+    def __init__(self, config: LumosConfig, inputs: Inputs) -> None:
+        super().__init__()
+        self.config, self.inputs = config, inputs
+        width, queries = config.width, config.future_days + len(inputs.horizons)
+        # with learned lags, scores start small, so that the decays decide at first
+        gain = 0.1 if config.lag_logits else 1.0
+        self.tokenizer = Tokenizer(config, inputs)
+        self.future = MLP(inputs.event_width, config.embedding, config.embed_layers, width)
+        self.horizon_HD = nn.Parameter(torch.zeros(len(inputs.horizons), width))
+        learned = config.positions == "learned"
+        self.position_TD = nn.Parameter(torch.zeros(config.history_days, width)) if learned else None
+        self.position_FD = nn.Parameter(torch.zeros(config.future_days, width)) if learned else None
+        self.time2vec = nn.Linear(1, width) if config.positions == "time2vec" else None
+        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.encoder = nn.ModuleList(
+            EncoderLayer(width, config.heads, config.swiglu_width, config.dropout, gain if config.causal else 1.0)
+            for _ in range(config.encoder_layers)
+        )
+        self.encoder_norm = nn.LayerNorm(width)
+        self.decoder = nn.ModuleList(DecoderLayer(config, gain) for _ in range(config.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.lag_MQT: nn.Parameter | None = None
+        if config.lag_logits:
+            start = -torch.arange(1, config.history_days + 1) / decays(config.heads)[:, None]
+            self.lag_MQT = nn.Parameter(start[:, None].repeat(1, queries, 1))
+        self.objective = Objective(config, inputs)
+        self.heads = HeadBank(len(inputs.terms), width, self.objective.outputs, inputs.starts)
+        events = torch.arange(inputs.event_width) >= inputs.rhythm_width
+        self.constants = Constants({"event_S": events, "decay_M": decays(config.heads)}, persistent=False)
+
+    def forward(self, batch: Batch, plain: bool = False) -> dict[str, Tensor]:
+        """Both ways compute the same from the same weights; `plain` is dense, as the paper writes it."""
+        memory = self.encode(batch, plain)
+        return self.decode(memory, batch["event_rows_ES"], batch["future_event_BCX"], batch["visible_BC"], plain)
+
+    def loss(self, batch: Batch, plain: bool = False) -> tuple[Tensor, Tensor]:
+        """(sums_K with gradient, counts_K), see `losses.Objective`."""
+        return self.objective(self.forward(batch, plain), batch)  # type: ignore[no-any-return]
+
+    def encode(self, batch: Batch, plain: bool = False) -> Memory:
+        """The history, encoded; independent of anything in the future."""
+        config = self.config
+        index_BT = batch["history_event_BT"]
+        position_T = torch.arange(config.history_days, device=index_BT.device)
+        if index_BT.shape[1] != config.history_days:
+            raise ValueError(
+                f"history_event_BT: expected {config.history_days} days a window, got {index_BT.shape[1]}; "
+                "collate and model must use the same lumos.history_days"
+            )
+        pad_BT = position_T < batch["pads_B"][:, None]
+        rows_ES = self._event_rows(batch["event_rows_ES"], config.past_events)
+        x_BTD = self.tokenizer(batch, rows_ES, pad_BT, plain)
+        added = self.position_TD if self.position_TD is not None else self._positions(position_T)
+        if added is not None:
+            x_BTD = x_BTD + added.to(x_BTD.dtype)
+        x_BTD = self.input_dropout(x_BTD)
+        bias, causal = self._encoder_bias(pad_BT)
+        turned = self._rotation(position_T)
+        for layer in self.encoder:
+            x_BTD = layer(x_BTD, bias, causal, turned, plain)
+        states_BTD = self.encoder_norm(x_BTD)
+        kept = tuple(layer.cross.keys_values(states_BTD, turned, plain) for layer in self._decoder_layers())
+        return Memory(states_BTD, kept, pad_BT)
+
+    def decode(
+        self,
+        memory: Memory,
+        event_rows_ES: Tensor,
+        future_event_BCX: Tensor,
+        visible_BC: Tensor,
+        plain: bool = False,
+    ) -> dict[str, Tensor]:
+        """Predictions for C cuts, or C scenarios of one cut, of each encoded window."""
+        states, _ = self._decoded(memory, event_rows_ES, future_event_BCX, visible_BC, plain, weights=False)
+        future, daily, terms = self.config.future_days, self.inputs.daily, len(self.inputs.terms)
+        windows, cuts = states.shape[:2]
+        days = self.heads(states[:, :, :future].flatten(0, 2), 0, daily, plain)
+        over = self.heads(states[:, :, future:].flatten(0, 1).transpose(0, 1), daily, terms, plain)
+        return {
+            "daily_BCFVP": days.transpose(0, 1).reshape(windows, cuts, future, *days.shape[::2]),
+            "horizon_BCHP": over.transpose(0, 1).reshape(windows, cuts, *over.shape[::2]),
+        }
+
+    def attention(self, batch: Batch) -> Tensor:
+        """Weights (B, M, C * Q, T) of the last decoder layer: for each head M and query (the F future days, then the H
+        horizons, cut by cut) how much of each past day it reads (Source: LUMOS, figure 4)."""
+        events, future, visible = batch["event_rows_ES"], batch["future_event_BCX"], batch["visible_BC"]
+        _, weights = self._decoded(self.encode(batch), events, future, visible, False, weights=True)
+        return weights
+
+    def embed(self, batch: Batch) -> Tensor:
+        """User embeddings (B, D) float32: the mean of the encoder's states over the days on which the user existed
+        (all days if there is none). A mean, since with bidirectional attention no single day stands for the rest."""
+        memory = self.encode(batch)
+        there = (~memory.pad_BT).float()
+        there = torch.where(there.sum(1, keepdim=True) > 0, there, torch.ones_like(there))
+        return (memory.states_BTD.float() * there[..., None]).sum(1) / there.sum(1, keepdim=True)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For the optimiser: matrices decay (`weight_decay` 1); vectors, positions, lags, uncertainties do not (0)."""
+        still = ("position_", "lag_", "horizon_", "u_pad", "categories", "objective", "biases")
+        decayed: list[Tensor] = []
+        kept: list[Tensor] = []
+        for name, parameter in self.named_parameters():
+            free = parameter.dim() < 2 or any(part.startswith(still) for part in name.split("."))
+            (kept if free else decayed).append(parameter)
+        return [{"params": decayed, "weight_decay": 1.0}, {"params": kept, "weight_decay": 0.0}]
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]
+
+    def _decoded(
+        self,
+        memory: Memory,
+        event_rows_ES: Tensor,
+        future_event_BCX: Tensor,
+        visible_BC: Tensor,
+        plain: bool,
+        weights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """States (B, C, Q, D) of the queries; with `weights` also the last layer's attention (else an empty tensor)."""
+        future = self.config.future_days
+        rows_ES = self._event_rows(event_rows_ES, self.config.future_events)
+        if plain:
+            known_BCXD = self.future(rows_ES[future_event_BCX])
+        else:
+            known_BCXD = F.embedding(future_event_BCX, self.future(rows_ES))
+        queries = [known_BCXD[:, :, :future]]
+        queries += [known_BCXD[:, :, : horizon.days].mean(2, keepdim=True) for horizon in self.inputs.horizons]
+        visible_BC = visible_BC.clamp(min=1)
+        step_Q = torch.arange(future + len(self.inputs.horizons), device=visible_BC.device)
+        place_BCQ = visible_BC[..., None] + torch.where(step_Q < future, step_Q, 0)
+        x = torch.cat(queries, dim=2)
+        if self.position_FD is not None:
+            x = x + torch.cat([self.position_FD, self.horizon_HD]).to(x.dtype)
+        else:
+            x = torch.cat([x[:, :, :future], x[:, :, future:] + self.horizon_HD.to(x.dtype)], dim=2)
+            added = self._positions(place_BCQ)
+            x = x + added.to(x.dtype) if added is not None else x
+        bias = self._cross_bias(memory, visible_BC)
+        turned = self._rotation(place_BCQ.flatten(1)[:, None])
+        seen = x.new_zeros(0)
+        for index, (layer, keys_values) in enumerate(zip(self._decoder_layers(), memory.keys_values, strict=True)):
+            if weights and index == len(self.decoder) - 1:
+                seen = layer.cross.weights(layer.cross_norm(x.flatten(1, 2)), keys_values, bias, turned)
+            x = layer(x, keys_values, bias, turned, plain)
+        return self.decoder_norm(x), seen
+
+    def _event_rows(self, event_rows_ES: Tensor, events: bool) -> Tensor:
+        rows = event_rows_ES if events else event_rows_ES.masked_fill(self.constants["event_S"], 0.0)
+        return rows.to(self.tokenizer.project_in.weight.dtype)
+
+    def _positions(self, position: Tensor) -> Tensor | None:
+        """What is added to tokens at positions (...), 0 being the window's first day: (..., D)."""
+        if self.config.positions == "sinusoidal":
+            return sinusoidal(position, self.config.width)
+        if self.time2vec is not None:  # Source: Time2Vec, eq. 1: the first number is linear, the others periodic
+            line = self.time2vec(position[..., None].to(self.time2vec.weight.dtype))
+            return torch.cat([line[..., :1] / self.config.history_days, line[..., 1:].sin()], dim=-1)
+        return None
+
+    def _rotation(self, position: Tensor) -> Rotation | None:
+        return rotation(position, self.config.width // self.config.heads) if self.config.positions == "rope" else None
+
+    def _encoder_bias(self, pad_BT: Tensor) -> tuple[Tensor | None, bool]:
+        """(what is added to the scores, whether later days are hidden by the attention itself)."""
+        config = self.config
+        bias: Tensor | None = None
+        if config.causal and config.lag_logits:
+            day = torch.arange(config.history_days, device=pad_BT.device)
+            lag = (day[:, None] - day).float()
+            bias = -lag / self.constants["decay_M"][:, None, None]
+            bias = bias.masked_fill(lag < 0, -torch.inf)[None]
+        if config.pad == "masked":
+            hidden = (pad_BT * HIDDEN_PAD)[:, None, None]
+            if bias is None and config.causal:
+                bias = hidden.new_full((config.history_days, config.history_days), -torch.inf).triu(1)
+            bias = hidden if bias is None else bias + hidden
+        return bias, config.causal and bias is None
+
+    def _cross_bias(self, memory: Memory, visible_BC: Tensor) -> Tensor | None:
+        """What is added to the decoder's scores, broadcastable to (B, M, C * Q, T); None: nothing."""
+        history, cuts = self.config.history_days, visible_BC.shape[1]
+        queries = self.config.future_days + len(self.inputs.horizons)
+        bias: Tensor | None = None
+        # without `causal` every cut sees the whole window (see the legend), so all rows share one set of lags
+        last = visible_BC if self.config.causal else visible_BC.new_full((1, 1), history)
+        lag_bct = last[..., None] - 1 - torch.arange(history, device=visible_BC.device)
+        if self.lag_MQT is not None:
+            known = self.lag_MQT.flatten(0, 1).t()
+            table = torch.cat([torch.full_like(known, -torch.inf), known])  # the first half: days after the cut
+            bias = F.embedding(lag_bct + history, table)
+            bias = bias.view(*lag_bct.shape, self.config.heads, queries)
+            bias = bias.permute(0, 3, 1, 4, 2).expand(-1, -1, cuts, -1, -1).flatten(2, 3)
+        elif self.config.causal:
+            bias = torch.where(lag_bct < 0, -torch.inf, 0.0)[:, None, :, None]
+            bias = bias.expand(-1, -1, -1, queries, -1).flatten(2, 3)
+        if self.config.pad == "masked":
+            hidden = (memory.pad_BT * HIDDEN_PAD)[:, None, None]
+            bias = hidden if bias is None else bias + hidden
+        return bias

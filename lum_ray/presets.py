@@ -1,0 +1,217 @@
+"""Named runs as functions. `lum-ray init NAME` writes one as a commented run file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from lum_ray.config import (
+    Behaviour,
+    Calendar,
+    Data,
+    Derived,
+    Events,
+    Horizon,
+    Profiles,
+    Run,
+    Source,
+    Split,
+    Subset,
+    Train,
+)
+from lum_ray.lumos.config import LumosConfig
+
+GROCERY = (
+    Behaviour("active", "binary", "count()"),
+    Behaviour("coupon_used", "binary", "any(coupon_disc > 0)"),
+    Behaviour("private_label", "binary", "any(brand == 'Private')"),
+    Behaviour("discounted", "binary", "any(retail_disc > 0)"),
+    Behaviour("produce", "binary", "any(department == 'PRODUCE')"),
+    Behaviour("drug", "binary", "any(department == 'DRUG GM')"),
+    Behaviour("meat", "binary", "any(department in ('MEAT', 'MEAT-PCKGD'))"),
+    Behaviour("deli", "binary", "any(department == 'DELI')"),
+    Behaviour("fuel", "binary", "any(department == 'FUEL')"),
+    Behaviour("spend", "continuous", "sum(sales_value)", resolution=0.01, gate="active"),
+    Behaviour("discount", "continuous", "sum(retail_disc)", resolution=0.01, gate="discounted"),
+    Behaviour("lines", "count", "count()", gate="active"),
+    Behaviour("baskets", "count", "n_unique(basket_id)", gate="active"),
+)
+
+
+def lumos_demo() -> Run:
+    """A year of household shopping (Complete Journey), minutes on a laptop."""
+    return Run(
+        name="lumos_demo",
+        model="lumos",
+        data=Data(
+            source=Source("complete_journey"),
+            behaviours=GROCERY,
+            derived=(Derived("churned", "no active in the next 28 days"),),
+            horizons=(Horizon("active", "any", 7), Horizon("coupon_used", "any", 7), Horizon("private_label", "any", 7), Horizon("spend", "sum", 7), Horizon("lines", "sum", 7)),
+            profiles=Profiles(
+                categories=(
+                    "age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count",
+                )
+            ),
+            calendar=Calendar(holidays="US"),
+            time_zone="America/New_York",
+            start="2017-01-01",
+            end="2018-01-01",
+            engine="ray",
+        ),
+        split=Split(
+            validate_from="2017-09-20",
+            train=Subset(from_day="2017-02-26"),
+            validate=Subset(from_day="2017-09-20", until_day="2017-10-04", every_days=7),
+            test=Subset(from_day="2017-10-11", until_day="2017-12-25", every_days=7),
+        ),
+        section=LumosConfig(
+            history_days=112,
+            future_days=7,
+            width=64,
+            heads=4,
+            encoder_layers=2,
+            swiglu_width=128,
+            embed_width=32,
+            dropout=0.1,
+            cuts_per_window=8,
+            cut_stride_days=3,
+            causal=True,
+            lag_logits=True,
+            continuous="lognormal",
+        ),
+        train=Train(steps=600, batch=64, micro_batch=64, learning_rate=2e-3, validate_every=100, checkpoint_every=100),
+    )
+
+
+def lumos_oulad() -> Run:
+    """Clicks and submissions of students (OULAD): trained on 2013B and 2013J, tested on 2014B."""
+    return Run(
+        name="lumos_oulad",
+        model="lumos",
+        data=Data(
+            source=Source("oulad", path="oulad"),
+            behaviours=(
+                Behaviour("active", "binary", "any(clicks > 0)"),
+                Behaviour("submitted", "binary", "any(submitted > 0)"),
+                Behaviour("clicks", "count", "sum(clicks)", gate="active"),
+                Behaviour("sites", "count", "n_unique(site)", gate="active"),
+                Behaviour("forum", "count", "sum(clicks * (activity_type == 'forumng'))", gate="active"),
+                Behaviour("content", "count", "sum(clicks * (activity_type == 'oucontent'))", gate="active"),
+                Behaviour("quiz", "count", "sum(clicks * (activity_type == 'quiz'))", gate="active"),
+            ),
+            horizons=(Horizon("active", "any", 7), Horizon("submitted", "any", 7), Horizon("clicks", "sum", 7)),
+            profiles=Profiles(
+                registered="registered",
+                ends="ends",
+                segment="course",
+                numbers=("num_of_prev_attempts", "studied_credits"),
+                categories=("gender", "region", "highest_education", "imd_band", "age_band", "disability", "code_module"),
+                splits=("presentation",),
+            ),
+            calendar=Calendar(),
+        ),
+        split=Split(
+            segment_column="presentation",
+            train=Subset(from_day=30, until_day=225, segments=("2013B", "2013J")),
+            validate=Subset(from_day=30, until_day=225, every_days=14, segments=("2013J",), users=(0.8, 1.0)),
+            test=Subset(from_day=30, until_day=225, every_days=14, segments=("2014B",)),
+            min_history_days=0,
+        ),
+        section=dataclasses.replace(lumos_demo().section, history_days=112),
+        train=Train(steps=1200, batch=64, learning_rate=2e-3),
+    )
+
+
+def lumos_simulator() -> Run:
+    """A planted world with a known oracle, three years of days, a yearly and many irregular events."""
+    return Run(
+        name="lumos_simulator",
+        model="lumos",
+        data=Data(
+            source=Source("simulator", options={"users": 3000, "shards": 2, "seed": 7, "world": "yearly"}),
+            behaviours=(
+                Behaviour("active", "binary", "count()"),
+                Behaviour("purchase", "binary", "any(kind == 'purchase')"),
+                Behaviour("searched", "binary", "any(kind == 'search')"),
+                Behaviour("amount", "continuous", "sum(amount)", resolution=0.01, gate="purchase"),
+                Behaviour("events", "count", "count()", gate="active"),
+                Behaviour("kinds", "count", "n_unique(kind)", gate="active"),
+            ),
+            horizons=(Horizon("active", "any", 7), Horizon("amount", "sum", 7)),
+            profiles=Profiles(registered="registered", categories=("country", "age_group")),
+            calendar=Calendar(),
+        ),
+        split=Split(
+            validate_from="2024-07-01",
+            train=Subset(from_day="2023-01-15"),
+            validate=Subset(from_day="2024-07-01", until_day="2024-08-15", every_days=15),
+            test=Subset(from_day="2024-09-01", until_day="2024-12-20", every_days=15),
+        ),
+        section=dataclasses.replace(lumos_demo().section, history_days=368, cuts_per_window=8, cut_stride_days=7),
+        train=Train(steps=1500, batch=64, learning_rate=2e-3),
+    )
+
+
+def lumos_tiny() -> Run:
+    """The simulator, tiny: for tests and for a first look at the machinery, not for quality."""
+    run = lumos_simulator()
+    return dataclasses.replace(
+        run,
+        name="lumos_tiny",
+        data=dataclasses.replace(run.data, source=Source("simulator", options={"users": 200, "shards": 2, "seed": 7})),
+        section=LumosConfig(
+            history_days=28, future_days=7, width=16, heads=2, encoder_layers=1, swiglu_width=16, embed_width=8,
+            continuous="lognormal",
+        ),
+        train=Train(steps=8, batch=32, micro_batch=32, validate_every=4, checkpoint_every=4, learning_rate=1e-3),
+    )
+
+
+def _own_data() -> Data:
+    return Data(
+        events=Events(path="s3://bucket/events", user="user_id", time="event_time"),
+        profiles=Profiles(path="s3://bucket/profiles", user="user_id", categories=("country",)),
+        calendar=Calendar(path="s3://bucket/calendar", holidays="IN"),
+        time_zone="Asia/Kolkata",
+        behaviours=(
+            Behaviour("active", "binary", "count()"),
+            Behaviour("paid", "binary", "any(amount > 0)"),
+            Behaviour("spend", "continuous", "sum(amount)", resolution=0.01, gate="paid"),
+            Behaviour("events", "count", "count()", gate="active"),
+        ),
+        derived=(
+            Derived("churned", "no active in the next 28 days"),
+            Derived("reactivated", "active after 28 days without"),
+        ),
+        horizons=(Horizon("active", "any", 7), Horizon("spend", "sum", 7)),
+    )
+
+
+def lumos_paper() -> Run:
+    """The paper's largest model (about 21 M parameters with 13 behaviours) on tables of your own."""
+    return Run(
+        name="lumos_paper",
+        model="lumos",
+        data=_own_data(),
+        split=Split(
+            validate_from="2024-10-01",
+            validate=Subset(from_day="2024-10-01", until_day="2024-10-29", every_days=7),
+            test=Subset(from_day="2024-11-05", every_days=7),
+        ),
+        section=LumosConfig(),
+        train=Train(steps=100_000, batch=4096, micro_batch=512, workers=8, learning_rate=3e-4, zero_stage=1,
+                    validate_every=2000, checkpoint_every=1000),
+    )
+
+
+def lumos_wide() -> Run:
+    """`lumos_paper` with the usual SwiGLU width of 8/3 of the model's (about 30 M parameters)."""
+    run = lumos_paper()
+    return dataclasses.replace(run, name="lumos_wide", section=dataclasses.replace(run.section, swiglu_width=1365))
+
+
+PRESETS: dict[str, Callable[[], Run]] = {
+    function.__name__: function
+    for function in (lumos_demo, lumos_oulad, lumos_simulator, lumos_tiny, lumos_paper, lumos_wide)
+}

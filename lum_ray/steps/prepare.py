@@ -1,0 +1,221 @@
+"""prepare: raw tables to timelines, calendar and fitted statistics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lum_ray.artifacts import (
+    Artifact,
+    UserError,
+    commit,
+    digest,
+    find,
+    fingerprint,
+    join,
+    read_bytes,
+    storage,
+    write_bytes,
+)
+from lum_ray.config import Run, Subset, day_number
+from lum_ray.data import prepare as data_prepare
+from lum_ray.data.adapters import write_source
+from lum_ray.data.reader import Timelines
+from lum_ray.data.rows import Rows, Samples
+from lum_ray.data.schema import RawTables, check_events
+from lum_ray.data.windows import CutPlan, DerivedTarget, HorizonTarget
+from lum_ray.lumos import timelines as tokenizer
+from lum_ray.lumos.config import Inputs
+from lum_ray.lumos.fitting import fit_inputs, with_starts
+from lum_ray.steps.session import start_ray
+
+Log = Callable[[str], None]
+STARTS_BUCKETS = 16
+"""Buckets whose windows give the heads their starting values."""
+
+
+def silent(text: str) -> None:
+    """A log that says nothing."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a model reads: three artifacts, and the raw columns that the behaviours use with their types."""
+
+    timelines: Artifact
+    calendar: Artifact
+    fitted: Artifact
+    event_columns: dict[str, str]
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs.from_json(read_bytes(join(self.fitted.uri, "inputs.json")).decode())
+
+    @property
+    def calendar_table(self) -> pa.Table:
+        name = self.calendar.manifest["files"][0]["name"]
+        return pq.read_table(pa.BufferReader(read_bytes(join(self.calendar.uri, name))))
+
+
+def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Any]:
+    """Where the raw tables are, and their fingerprints. A run with a `source` gets them from its adapter, once."""
+    data, source = run.data, run.data.source
+    if source is None:
+        if data.events.path is None:
+            raise UserError("data.events.path: missing; give the folder of the event files, or a `data.source`")
+        profiles = data.profiles.path if data.profiles else None
+        if data.profiles and profiles is None:
+            raise UserError("data.profiles.path: missing; give the folder of the profiles, or remove `data.profiles`")
+        tables = RawTables(data.events.path, profiles, data.calendar.path if data.calendar else None)
+        return tables, [fingerprint(path) for path in (tables.events, tables.profiles, tables.calendar) if path]
+    name = digest("raw", source, fingerprint(source.path) if source.path else None)
+    uri = join(run.root, "raw", f"{source.adapter}-{name}")
+    if find(uri) is None:
+        log(f"writing raw tables of {source.adapter}")
+        place = storage(uri)
+        write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
+        commit(uri, {"kind": "raw", "digest": name, "source": asdict(source)})
+    return (
+        RawTables(
+            data.events.path or join(uri, "events"),
+            (data.profiles.path or join(uri, "profiles")) if data.profiles else None,
+            (data.calendar.path or join(uri, "calendar")) if data.calendar else None,
+        ),
+        ["source", name],
+    )
+
+
+def prepare(run: Run, log: Log = silent) -> Prepared:
+    """Find or build the timelines, the calendar and the fitted statistics of a run.
+
+    Raises UserError for whatever is wrong with the run or its tables, before work starts where it can be known.
+    """
+    data, section = run.data, run.section
+    tables, prints = raw_tables(run, log)
+    files = check_events(tables.events, data)
+    columns = {name: str(files[0].schema.field(name).type) for name in tokenizer.columns_used(data.behaviours)}
+    shape = [data.behaviours, data.events.user, data.events.time, data.events.id, data.time_zone, data.start, data.end]
+    made_by = data_prepare.Tokenizer(tokenizer.partial, tokenizer.merge, tokenizer.TOKENIZER_VERSION)
+    name = digest("timelines", made_by.version, shape, data.profiles, prints)
+    uri = join(run.root, "timelines", name)
+    if find(uri) is None:
+        log(f"preparing timelines ({sum(file.rows for file in files):,} events, engine {data.engine})")
+        if data.engine == "ray":
+            start_ray()
+    timelines = data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, prints)
+    first_day, end_day = int(timelines.manifest["first_day"]), int(timelines.manifest["end_day"])
+
+    name = digest("calendar", data.calendar, data.time_zone, prints, first_day, end_day)
+    calendar = data_prepare.prepare_calendar(data, tables, join(run.root, "calendar", name), first_day, end_day, prints)
+    until = fit_until(run, end_day)
+    rhythm = [section.weekday, section.season, section.continuous, section.future_days]
+    targets = [data.derived, data.horizons, run.split.min_history_days, run.split.train]
+    name = digest("fitted", timelines.manifest["digest"], calendar.manifest["digest"], until, rhythm, targets)
+    uri = join(run.root, "fitted", name)
+    prepared = Prepared(timelines, calendar, Artifact(uri, {}), columns)
+    if (fitted := find(uri)) is None:
+        log("fitting scales and vocabularies")
+        inputs = _fit(run, prepared, until)
+        write_bytes(join(uri, "inputs.json"), inputs.to_json().encode())
+        fitted = commit(uri, {"kind": "fitted", "digest": name, "until_day": until, "file": "inputs.json"})
+    return Prepared(timelines, calendar, fitted, columns)
+
+
+def _fit(run: Run, prepared: Prepared, until: int) -> Inputs:
+    data = run.data
+    position = {item.name: index for index, item in enumerate(data.behaviours)}
+    derived = [DerivedTarget(d.name, d.parsed()[0], position[d.parsed()[1]], d.parsed()[2]) for d in data.derived]
+    horizons = [HorizonTarget(h.name, h.over, position[h.behaviour], h.days) for h in data.horizons]
+    profiles = data.profiles
+    timelines = Timelines.open(prepared.timelines.uri)
+    plan = cut_plan(run, "train", int(prepared.timelines.manifest["end_day"]))
+    full = np.flatnonzero(timelines.bucket_users).tolist()
+    inputs = fit_inputs(
+        (_of_plan(plan, timelines.read([bucket])) for bucket in full),
+        prepared.calendar_table if data.calendar else None,
+        data.behaviours,
+        derived,
+        horizons,
+        profiles.numbers if profiles else (),
+        profiles.categories if profiles else (),
+        until,
+        run.section,
+    )
+
+    def windows(bucket: int) -> tuple[Rows, Samples]:
+        rows = timelines.read([bucket])
+        return rows, plan.draw(rows, run.seed, 0, 4)
+
+    return with_starts(inputs, run.section, map(windows, islice(full, STARTS_BUCKETS)), until)
+
+
+def _of_plan(plan: CutPlan, rows: Rows) -> Rows:
+    return rows.take(np.flatnonzero(plan.users(rows)))
+
+
+def fit_until(run: Run, end_day: int) -> int:
+    """The day before which everything that is fitted must lie, and no training target reaches."""
+    return day_number(run.split.validate_from) if run.split.validate_from is not None else end_day
+
+
+def cut_plan(run: Run, part: str, end_day: int) -> CutPlan:
+    """The cuts of `train`, `validate` or `test`. Training cuts leave room for their targets before `validate_from`;
+    without it (a split by users or segments alone) the users of the other two parts are left out of training.
+    """
+    split = run.split
+    subset: Subset = getattr(split, part)
+    last = fit_until(run, end_day) if part == "train" else end_day
+    until = last - run.section.future_days
+    if subset.until_day is not None:
+        until = min(until, day_number(subset.until_day))
+    excluded: tuple[CutPlan, ...] = ()
+    if part == "train" and split.validate_from is None:
+        excluded = tuple(cut_plan(run, other, end_day) for other in ("validate", "test"))
+    if part == "validate" and split.validate_from is not None:
+        test_from = day_number(split.test.from_day) if split.test.from_day is not None else end_day
+        until = min(until, max(test_from - run.section.future_days, day_number(split.validate_from)))
+    return CutPlan(
+        from_day=day_number(subset.from_day) if subset.from_day is not None else -(2**30),
+        until_day=until,
+        every_days=subset.every_days,
+        min_history_days=split.min_history_days,
+        segment_column=split.segment_column,
+        segments=subset.segments,
+        low=subset.users[0],
+        high=subset.users[1],
+        excluded=excluded,
+    )
+
+
+def describe(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """What prepare found, in a few figures: users, days, rejects, bytes, share of pads in training windows."""
+    manifest = prepared.timelines.manifest
+    timelines = Timelines.open(prepared.timelines.uri)
+    plan = cut_plan(run, "train", int(manifest["end_day"]))
+    tokens = pads = 0
+    for bucket in islice(np.flatnonzero(timelines.bucket_users).tolist(), STARTS_BUCKETS):
+        rows = timelines.read([bucket])
+        samples = plan.draw(rows, run.seed, 0, 4)
+        length = run.section.history_days
+        missing = np.clip(rows.first_day[samples.row] - (samples.cut - length), 0, length)
+        tokens, pads = tokens + length * len(samples), pads + int(missing.sum())
+    days = int(manifest["end_day"]) - int(manifest["first_day"])
+    return {
+        "users": manifest["users"],
+        "days": days,
+        "active_days": manifest["active_days"],
+        "rows_in": manifest["rows_in"],
+        "rows_rejected": manifest["rows_rejected"],
+        "bytes": manifest["bytes"],
+        "bytes_per_token": round(manifest["bytes"] / max(1, manifest["users"] * days), 3),
+        "bytes_per_active_day": round(manifest["bytes"] / max(1, manifest["active_days"]), 2),
+        "pad_share": round(pads / max(1, tokens), 4),
+        "event_types": json.loads(prepared.inputs.to_json())["event_types"],
+    }

@@ -1,0 +1,281 @@
+"""Checkpoints: `last/` (to resume) and `best/` (to predict) below a run's URI, on a local disk or an object store.
+
+    <uri>/last/manifest.json                     the complete steps, newest first: folder, files, sizes, sha256
+    <uri>/last/<step>-<attempt>/model.safetensors  trainable weights and buffers, fp32, complete
+                                loop.json          step, loader position, best value, patience, open averages
+                                engine/            DeepSpeed's own files and the weight average; only in `last`
+    <uri>/best/...                                 the same without engine/
+
+A thread hashes and stores, one checkpoint at a time. The manifest is replaced last, after every rank's files are there,
+and older folders are removed after that; so a reader always finds a complete step. `last` keeps two of them: should the
+newest not match its digests, the one before is taken. Nothing here reads a pickle; DeepSpeed does when it resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyarrow import fs
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+
+from lum_ray.artifacts import MANIFEST, UserError, join, read_bytes, read_json, storage, write_json
+
+MODEL, LOOP, ENGINE = "model.safetensors", "loop.json", "engine"
+KEEP = {"last": 2, "best": 1}
+RANKS_TIMEOUT_S = 600.0
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Step:
+    """A complete step: where its files are, and what they must be (`files`: name -> size, sha256)."""
+
+    uri: str
+    step: int
+    files: Mapping[str, Mapping[str, Any]]
+
+
+def load_weights(uri: str) -> dict[str, torch.Tensor]:
+    """The weights at `uri` (a run's checkpoint, or its `best` or `last`), fp32, on the CPU.
+
+    Of a run the best are taken, else the last. Reads safetensors only. Raises UserError where there is no complete
+    checkpoint, or none whose digest matches.
+    """
+    step, content = _newest(uri, MODEL)
+    return load_safetensors(content)
+
+
+def load_loop(uri: str) -> dict[str, Any]:
+    """`loop.json` of the checkpoint at `uri` (see `load_weights`)."""
+    step, content = _newest(uri, LOOP)
+    result: dict[str, Any] = json.loads(content)
+    return result
+
+
+def steps(uri: str) -> list[Step]:
+    """The complete steps of `<run>/last` or `<run>/best`, newest first; empty where nothing was saved."""
+    try:
+        manifest = read_json(join(uri, MANIFEST))
+    except FileNotFoundError:
+        return []
+    except json.JSONDecodeError as error:
+        raise UserError(f"{join(uri, MANIFEST)}: not JSON ({error}); restore it, or train anew with --fresh") from None
+    return [Step(join(uri, entry["folder"]), entry["step"], entry["files"]) for entry in manifest["steps"]]
+
+
+def _newest(uri: str, name: str) -> tuple[Step, bytes]:
+    places = [uri] if uri.rstrip("/").rsplit("/", 1)[-1] in KEEP else [join(uri, "best"), join(uri, "last")]
+    broken = []
+    for step in (step for place in places for step in steps(place)):
+        try:
+            content = read_bytes(join(step.uri, name))
+        except FileNotFoundError:
+            broken.append(f"{join(step.uri, name)}: missing")
+            continue
+        if hashlib.sha256(content).hexdigest() == step.files[name]["sha256"]:
+            return step, content
+        broken.append(f"{join(step.uri, name)}: {len(content)} bytes, other than its digest says")
+    if broken:
+        raise UserError("no intact checkpoint:\n" + "\n".join(broken[:5]) + "\ntrain anew with --fresh")
+    raise UserError(f"{uri}: expected a checkpoint (best/ or last/), found none; run `lum-ray train` first")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checked step on this machine: `folder` (local) holds its files, `loop` is its loop.json."""
+
+    step: int
+    folder: str
+    loop: dict[str, Any]
+    temporary: bool
+    notes: tuple[str, ...]
+
+    def release(self) -> None:
+        """Remove the local copy, if it is one."""
+        if self.temporary:
+            shutil.rmtree(self.folder)
+
+
+def resume(uri: str) -> Resumed | None:
+    """The newest intact step of `<uri>/last`, or None where nothing was saved.
+
+    Every file is compared with its digest; a step with a missing or changed file is passed over, with a note. Raises
+    UserError where steps were saved and none is intact.
+    """
+    notes = list[str]()
+    for step in steps(join(uri, "last")):
+        place = storage(step.uri)
+        folder = place.path if place.is_local else tempfile.mkdtemp(prefix="lum-ray-resume-")
+        problem = _fetch(step, folder, place.is_local)
+        if problem is None:
+            with open(os.path.join(folder, LOOP), encoding="utf-8") as stream:
+                return Resumed(step.step, folder, json.load(stream), not place.is_local, tuple(notes))
+        notes.append(f"checkpoint of step {step.step} passed over: {problem}")
+        if not place.is_local:
+            shutil.rmtree(folder)
+    if notes:
+        raise UserError("no intact checkpoint to resume from:\n" + "\n".join(notes) + "\ntrain anew with --fresh")
+    return None
+
+
+def _fetch(step: Step, folder: str, local: bool) -> str | None:
+    """Bring the files of `step` to `folder` unless they are there; what is wrong with them, or None."""
+    for name, expected in sorted(step.files.items()):
+        path = os.path.join(folder, name)
+        try:
+            if not local:
+                place = storage(join(step.uri, name))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                fs.copy_files(place.path, path, place.filesystem, fs.LocalFileSystem(), use_threads=False)
+            found = describe(path)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if found != dict(expected):
+            return f"{name} has {found['size']} bytes and another digest than the manifest's ({expected['size']} bytes)"
+    return None
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Size and sha256 of a local file."""
+    state, size = hashlib.sha256(), 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            state.update(chunk)
+            size += len(chunk)
+    return {"size": size, "sha256": state.hexdigest()}
+
+
+class Writer:
+    """Stores the checkpoints of a run in the background. `attempt` (the same on all ranks) makes folder names new."""
+
+    def __init__(self, uri: str, rank: int, world: int, attempt: str) -> None:
+        self.uri, self.rank, self.world, self.attempt = uri, rank, world, attempt
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def scratch(self) -> str:
+        """A new local folder for this rank's files of one step; `save` takes it over."""
+        place = storage(self.uri)
+        parent = os.path.join(place.path, ".writing") if place.is_local else None
+        if parent:
+            os.makedirs(parent, exist_ok=True)
+        return tempfile.mkdtemp(prefix=f"{self.attempt}-{self.rank}-", dir=parent)
+
+    def save(
+        self, step: int, weights: Mapping[str, torch.Tensor], loop: Mapping[str, Any], last: str | None, best: bool
+    ) -> None:
+        """Store step `step`: into `last` (with the engine's files in the scratch folder `last`), `best`, or both.
+
+        Returns at once; waits first for the checkpoint before. `weights` and `loop` are rank 0's, and must not change
+        afterwards. Raises what the checkpoint before failed with.
+        """
+        self.join()
+        arguments = (step, weights, dict(loop), last, best)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint-writer")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until what was given to `save` is stored; raises what it failed with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """`join`, then remove scratch folders that a killed attempt left."""
+        self.join()
+        place = storage(self.uri)
+        if self.rank == 0 and place.is_local:
+            shutil.rmtree(os.path.join(place.path, ".writing"), ignore_errors=True)
+
+    def _run(
+        self, step: int, weights: Mapping[str, torch.Tensor], loop: Mapping[str, Any], last: str | None, best: bool
+    ) -> None:
+        try:
+            if last is not None:
+                self._store("last", step, weights, loop, last)
+            if best and self.rank == 0:
+                self._store("best", step, weights, loop, self.scratch())
+        except BaseException as error:  # handed to the training thread, which raises it in `join`
+            self._error = error
+
+    def _store(self, which: str, step: int, weights: Mapping[str, Any], loop: Mapping[str, Any], folder: str) -> None:
+        if self.rank == 0:
+            save_file(dict(weights), os.path.join(folder, MODEL))
+            with open(os.path.join(folder, LOOP), "w", encoding="utf-8") as stream:
+                json.dump(loop, stream)
+        name = f"{step:08d}-{self.attempt}"
+        target = join(self.uri, which, name)
+        files = _move(folder, target)
+        shutil.rmtree(folder)
+        if self.rank:
+            write_json(join(target, ENGINE, f"rank-{self.rank}.json"), files)
+            return
+        if which == "last":
+            for rank in range(1, self.world):
+                files |= self._wait_for(join(target, ENGINE, f"rank-{rank}.json"))
+        entry = {"step": step, "folder": name, "files": files}
+        manifest = join(self.uri, which, MANIFEST)
+        try:
+            before = read_json(manifest)["steps"]
+        except FileNotFoundError:
+            before = []
+        kept = [entry, *(old for old in before if old["step"] < step)][: KEEP[which]]
+        write_json(manifest, {"kind": "checkpoint", "steps": kept})
+        place = storage(join(self.uri, which))
+        for info in place.filesystem.get_file_info(fs.FileSelector(place.path)):
+            # Folders of later steps are left alone: another rank may already be writing the next checkpoint.
+            passed = info.type == fs.FileType.Directory and int(info.base_name.partition("-")[0]) <= step
+            if passed and info.base_name not in [old["folder"] for old in kept]:
+                place.filesystem.delete_dir(info.path)
+
+    def _wait_for(self, uri: str) -> dict[str, Any]:
+        deadline = time.monotonic() + RANKS_TIMEOUT_S
+        while True:
+            try:
+                files: dict[str, Any] = read_json(uri)
+                return files
+            except FileNotFoundError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{uri}: not written within {RANKS_TIMEOUT_S:.0f} s; that rank's disk?") from None
+                time.sleep(0.05)
+
+
+def _move(folder: str, uri: str) -> dict[str, Any]:
+    """Bring all files below `folder` to `uri`; their sizes and digests by name."""
+    place = storage(uri)
+    files = {}
+    for parent, _, names in sorted(os.walk(folder)):
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            relative = os.path.relpath(path, folder).replace(os.sep, "/")
+            files[relative] = describe(path)
+            target = join(place.path, relative)
+            if place.is_local:
+                _sync(path)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                shutil.move(path, target)
+            else:
+                fs.copy_files(path, target, fs.LocalFileSystem(), place.filesystem, use_threads=False)
+    return files
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

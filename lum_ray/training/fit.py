@@ -1,0 +1,124 @@
+"""Ray Train around a training loop: where its processes run, and that they start again after a failure.
+
+One worker runs in this process, without a cluster or its start-up. Several become a worker group of Ray Train (V2); our
+own checkpoint is the truth: a restarted group enters the same loop, which goes on from `last/`.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from lum_ray.artifacts import UserError, storage
+from lum_ray.training.loop import Diverged, Worker
+
+MakeLoop = Callable[[Worker], dict[str, Any]]
+
+
+class _Trainer(TorchTrainer):
+    """TorchTrainer without the guard that removes the placement group of a dead controller.
+
+    That guard takes 12 s to stop at the end of each run. Ray removes the group anyway once the driver's job ends.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def fit(
+    make_loop: MakeLoop,
+    workers: int = 1,
+    gpus: bool = False,
+    storage_path: str | None = None,
+    name: str = "train",
+    max_failures: int = 3,
+) -> dict[str, Any]:
+    """Run `make_loop(worker)` on `workers` processes and return what it returned on rank 0.
+
+    `make_loop` builds stage and loader and calls `train_loop`; it is pickled where there are several workers. `gpus`
+    gives each worker one GPU. `storage_path` (a URI) keeps Ray's own records, of no use later. A crashed worker
+    restarts the group, `max_failures` times at most. Raises UserError where the session has too few CPUs or GPUs, and
+    whatever user error stopped the loop; else `ray.train.TrainingFailedError`.
+    """
+    _check(workers, gpus)
+    if workers == 1:
+        return _alone(make_loop, gpus)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+    def loop_per_worker() -> dict[str, Any]:
+        context = ray.train.get_context()
+        device = torch.device("cpu")
+        if gpus:
+            device = torch.device("cuda", torch.cuda.current_device())
+        worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report)
+        try:
+            return {"result": make_loop(worker)}
+        except Diverged as error:
+            # Raised on all ranks alike, and again after each restart: no failure to recover from.
+            return {"user_error": str(error)}
+
+    place = storage(storage_path) if storage_path else None
+    trainer = _Trainer(
+        loop_per_worker,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
+        run_config=ray.train.RunConfig(
+            # A new name each time: Ray takes up a finished run of the same name.
+            name=f"{name}-{uuid.uuid4().hex[:8]}",
+            storage_path=place.path if place else None,
+            storage_filesystem=place.filesystem if place else None,
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = failure.__cause__ or failure
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+        raise
+    if "user_error" in outcome:
+        raise UserError(outcome["user_error"])
+    result: dict[str, Any] = outcome["result"]
+    return result
+
+
+def _alone(make_loop: MakeLoop, gpus: bool) -> dict[str, Any]:
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    trainer = TorchTrainer(
+        lambda: make_loop(Worker(device=device, report=_report)),
+        scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=gpus),
+    )
+    result: dict[str, Any] = trainer.fit().return_value
+    return result
+
+
+def _report(metrics: Mapping[str, float]) -> None:
+    ray.train.report(dict(metrics))
+
+
+def _check(workers: int, gpus: bool) -> None:
+    """Raises UserError where there are fewer CPUs or GPUs than workers."""
+    if workers == 1:
+        if gpus and not torch.cuda.is_available():
+            raise UserError("train: one GPU asked for, but torch sees none on this machine")
+        return
+    if not ray.is_initialized():
+        raise UserError(f"train.workers: {workers} workers need a Ray session, but none is running; start one or set it to 1")
+    found = ray.cluster_resources()
+    cpus, cards = int(found.get("CPU", 0)), int(found.get("GPU", 0))
+    if workers > cpus or (gpus and workers > cards):
+        most = min(cpus, cards) if gpus else cpus
+        raise UserError(
+            f"train.workers: {workers} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray session has "
+            f"{cpus} CPUs and {cards} GPUs; set train.workers to at most {most}, or add machines"
+        )

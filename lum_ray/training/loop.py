@@ -1,0 +1,396 @@
+"""The training loop: steps, log, validation, checkpoints; killed at any step, it goes on as if it had not been.
+
+Choices that are not obvious:
+- The random state of a step is a function of (seed, step, rank), set anew before each step. So dropout after a resume is
+  that of the uninterrupted run, and validation cannot disturb it.
+- The averages that are open at a checkpoint are stored with it, so that the next line of the log is the same too.
+- On a GPU nothing waits for the device between two lines of the log; a NaN is then found at the next line, but its step
+  is named, and it never reaches a checkpoint.
+
+Shapes: K objective terms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lum_ray.artifacts import UserError
+from lum_ray.config import Train
+from lum_ray.stage import Stage
+from lum_ray.training.checkpoint import Resumed, Writer, resume
+from lum_ray.training.engine import Engine, EngineSettings, Outcome, broadcast, gather_columns, uses_bf16
+from lum_ray.training.telemetry import ProgressLine, Telemetry
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Metrics = dict[str, float]
+Validation = Callable[[torch.nn.Module], Mapping[str, float]]
+LOWER_IS_BETTER = ("loss", "mape", "wmape", "brier", "ece", "mae")
+
+
+class Diverged(UserError):
+    """The objective or its gradient is not finite. Every rank raises it at the same step."""
+
+
+class LoaderStep(Protocol):
+    """One rank's share of a global step. `index` counts steps from 0."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def micro_batches(self) -> Sequence[Arrays]: ...
+
+
+class Loader(Protocol):
+    """`seek(n)` gives the steps from number n (0-based) on; each rank gets the same number of micro-batches a step."""
+
+    def seek(self, step: int) -> Iterable[LoaderStep]: ...
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process of the run. `report` hears of every validation and of the end, on every rank, with the same figures."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    report: Callable[[Mapping[str, float]], None] = lambda metrics: None
+
+
+@dataclass
+class _Progress:
+    """What a resumed run must know beside the weights; `best_value` is None before the first validation."""
+
+    step: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    without_gain: int = 0
+    metrics: Metrics = field(default_factory=dict)
+    finished: bool = False
+    stopped_early: bool = False
+
+
+class _Window:
+    """The averages since the last line of the log. Sums are this rank's until `fold`."""
+
+    def __init__(self, terms: Sequence[str], device: torch.device) -> None:
+        self.terms, self.device = terms, device
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps, self.wait_s, self.started_at = 0, 0.0, time.monotonic()
+        self.clock_steps, self.clock_tokens = 0, 0.0
+        self.counts_K = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(len(self.terms) + 1, dtype=torch.float64, device=self.device)
+
+    def add(self, outcome: Outcome, tokens: float, wait_s: float) -> None:
+        self.steps += 1
+        self.clock_steps += 1
+        self.clock_tokens += tokens
+        self.wait_s += wait_s
+        self.counts_K += outcome.counts_K
+        self.sums[:-1] += outcome.sums_K
+        self.sums[-1] += outcome.objective
+
+    def fold(self, engine: Engine) -> dict[str, Any]:
+        """Bring the sums of all ranks to rank 0 (the others start from 0), and give them as plain values."""
+        total = engine.reduce(self.sums)
+        self.sums = total.clone() if engine.rank == 0 else torch.zeros_like(total)
+        return {"steps": self.steps, "counts": self.counts_K.tolist(), "sums": total.tolist()}
+
+    def restore(self, plain: Mapping[str, Any], rank: int) -> None:
+        self.steps = plain["steps"]
+        self.counts_K += torch.tensor(plain["counts"], dtype=torch.float64, device=self.device)
+        if rank == 0:
+            self.sums += torch.tensor(plain["sums"], dtype=torch.float64, device=self.device)
+
+    def line(self, engine: Engine) -> Metrics:
+        """The averages as metrics; every rank must call it. Tokens per second are those of all ranks."""
+        clock = torch.tensor([self.clock_tokens], dtype=torch.float64, device=self.device)
+        *sums, objective, tokens = engine.reduce(torch.cat([self.sums, clock])).tolist()
+        seconds = max(time.monotonic() - self.started_at, 1e-9)
+        result = {"train/loss": objective / self.steps}
+        for name, total, count in zip(self.terms, sums, self.counts_K.tolist(), strict=True):
+            if count > 0:
+                result[f"train/loss_{name}"] = total / count
+        if tokens:
+            result["train/tokens_per_s"] = tokens / seconds
+        result["data/wait_s"] = self.wait_s / max(1, self.clock_steps)
+        result["time/step_s"] = seconds / max(1, self.clock_steps)
+        return result
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a metric is an error: the last word of its name says so (`eval/spend_mae`, `eval/loss`)."""
+    return name.replace("/", "_").rsplit("_", 1)[-1] in LOWER_IS_BETTER
+
+
+def train_loop(
+    stage: Stage,
+    loader: Loader,
+    validation: Validation | None,
+    settings: Train,
+    place: str,
+    worker: Worker | None = None,
+    log_every: int = 10,
+) -> dict[str, Any]:
+    """Train `stage` to `settings.steps`, going on from `<place>/last` if it is there.
+
+    `validation(module)` runs on every rank each `validate_every` steps and after the last; rank 0's metrics count.
+    With `patience` n the run stops after n validations in a row without a new best `keep_best`. Without a validation the
+    best weights are the last. Returns step, best_step, best_value, metrics, stopped_early, resumed_from, uri, the same
+    on every rank. Ctrl-C and SIGTERM finish the step and save it, then raise KeyboardInterrupt or SystemExit(143).
+    Raises UserError where the objective is not finite (`Diverged`), `keep_best` is not among the metrics, or the
+    checkpoint cannot be resumed.
+    """
+    worker = worker or Worker()
+    torch.manual_seed(settings.seed)
+    engine = Engine.start(
+        stage.module, stage.trainable(), stage.loss, _engine_settings(settings), worker.device, worker.rank, worker.world
+    )
+    try:
+        return _Run(stage, loader, validation, settings, place, worker, engine, log_every).run()
+    finally:
+        engine.close()
+
+
+def _engine_settings(settings: Train) -> EngineSettings:
+    return EngineSettings(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_share=settings.warmup_share,
+        clip_norm=settings.clip_norm,
+        ema=settings.ema,
+        zero_stage=settings.zero_stage,
+        precision=settings.precision,
+    )
+
+
+class _Run:
+    def __init__(
+        self,
+        stage: Stage,
+        loader: Loader,
+        validation: Validation | None,
+        settings: Train,
+        place: str,
+        worker: Worker,
+        engine: Engine,
+        log_every: int,
+    ) -> None:
+        self.stage, self.loader, self.validation, self.settings = stage, loader, validation, settings
+        self.place, self.worker, self.engine, self.log_every = place, worker, engine, log_every
+        self.progress = _Progress()
+        self.window = _Window(stage.terms, worker.device)
+        self.writer = Writer(place, worker.rank, worker.world, broadcast(secrets.token_hex(3)))
+        self.unchecked: list[tuple[int, Outcome, list[str]]] = []
+        self.norm = math.nan
+
+    def run(self) -> dict[str, Any]:
+        resumed = resume(self.place)
+        if resumed is not None:
+            self._take_up(resumed)
+        start = self.progress.step
+        if not self.progress.finished:
+            with contextlib.ExitStack() as stack:
+                line = stack.enter_context(ProgressLine(self.settings.steps, start, self.worker.rank == 0))
+                received = stack.enter_context(_signals())
+                telemetry = None
+                if self.worker.rank == 0:
+                    telemetry = stack.enter_context(contextlib.closing(Telemetry(self.place, start)))
+                for note in [*(resumed.notes if resumed else ()), *(telemetry.notes if telemetry else ())]:
+                    line.note(note)
+                if start:
+                    line.note(f"resumed at step {start} of {self.settings.steps}")
+                stack.callback(self.writer.close)
+                self._steps(telemetry, line, received)
+        return {
+            "uri": self.place,
+            "step": self.progress.step,
+            "best_step": self.progress.best_step,
+            "best_value": self.progress.best_value,
+            "metrics": self.progress.metrics,
+            "stopped_early": self.progress.stopped_early,
+            "resumed_from": start,
+        }
+
+    def _take_up(self, resumed: Resumed) -> None:
+        loop = resumed.loop
+        stage, world = self.settings.zero_stage, self.worker.world
+        if loop["zero_stage"] != stage or (stage and loop["world"] != world):
+            raise UserError(
+                f"{self.place}: its checkpoint is of ZeRO stage {loop['zero_stage']} and {loop['world']} workers, the run "
+                f"asks for stage {stage} and {world}; use the same again, or train anew with --fresh"
+            )
+        if not loop["progress"]["finished"]:
+            self.engine.load(resumed.folder)
+            self.window.restore(loop["window"], self.worker.rank)
+        self.progress = _Progress(**loop["progress"])
+        resumed.release()
+
+    def _steps(self, telemetry: Telemetry | None, line: ProgressLine, received: list[int]) -> None:
+        settings, progress = self.settings, self.progress
+        iterator = iter(self.loader.seek(progress.step))
+        try:
+            while not progress.finished:
+                votes = self._step(iterator, bool(received))
+                done = progress.step
+                final = done == settings.steps
+                logs = final or done % self.log_every == 0
+                validates = self.validation is not None and (final or done % settings.validate_every == 0)
+                saves = final or done % settings.checkpoint_every == 0
+                if logs or validates or saves or self.worker.device.type == "cpu":
+                    self._check_finite()
+                # Reading the votes waits for the device: on a GPU only where the loop waits anyway.
+                watched = self.worker.device.type == "cpu" or logs or self.worker.world == 1
+                stop = watched and (bool(received) if self.worker.world == 1 else votes.item() > 0)
+                metrics: Metrics = self._logged() if logs else {}
+                best = self._validate(metrics) if validates else False
+                progress.finished = final or progress.stopped_early
+                if metrics and telemetry is not None:
+                    telemetry.write(done, metrics)
+                line.show(done, metrics)
+                if saves or best or stop or progress.finished:
+                    self._save(last=saves or stop or progress.finished, best=best or (final and self.validation is None))
+                    if telemetry is not None:
+                        telemetry.flush()
+                if validates or progress.finished:
+                    self.worker.report({"step": done, **metrics})
+                if stop and not progress.finished:
+                    self.writer.join()
+                    if signal.SIGTERM in received:
+                        raise SystemExit(128 + signal.SIGTERM)
+                    raise KeyboardInterrupt
+        finally:
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
+
+    def _step(self, iterator: Iterator[LoaderStep], stop: bool) -> torch.Tensor:
+        waiting_since = time.monotonic()
+        step = next(iterator)
+        wait_s = time.monotonic() - waiting_since
+        if step.index != self.progress.step:
+            raise RuntimeError(f"the loader gave step {step.index} where {self.progress.step} was due")
+        self.stage.module.train()
+        torch.manual_seed(_stream(self.settings.seed, step.index, self.worker.rank))
+        outcome = self.engine.step(step.index, step.micro_batches, stop)
+        tokens = float(sum(np.sum(batch["tokens"]) for batch in step.micro_batches if "tokens" in batch))
+        self.window.add(outcome, tokens, wait_s)
+        self.progress.step += 1
+        self.unchecked.append((self.progress.step, outcome, _first_users(step.micro_batches)))
+        return outcome.votes
+
+    def _check_finite(self) -> None:
+        """Raises Diverged on all ranks alike: the norm is that of the global gradient, the objectives are summed."""
+        figures = torch.stack([torch.stack([o.gradient_norm.double(), o.objective]) for _, o, _ in self.unchecked])
+        figures[:, 1] = self.engine.reduce(figures[:, 1].clone())
+        for (step, outcome, users), (norm, objective) in zip(self.unchecked, figures.tolist(), strict=True):
+            self.norm = norm
+            if math.isfinite(norm) and math.isfinite(objective):
+                continue
+            sums = self.engine.reduce(outcome.sums_K.clone()).tolist()
+            terms = [name for name, value in zip(self.stage.terms, sums, strict=True) if not math.isfinite(value)]
+            where = ", ".join(terms[:5]) if terms else "none of the terms, only the gradient"
+            finite = bool(torch.isfinite(outcome.sums_K).all())
+            bad = broadcast([user for part in gather_columns([] if finite else users) or [] for user in part]) or users
+            whose = f"; the batch's first users: {', '.join(bad[:5])}" if bad else ""
+            raise Diverged(
+                f"step {step}: the loss is {objective:g} and the gradient's norm {norm:g} (not finite: {where}){whose}; "
+                "look for extreme values in these users' data, or lower train.learning_rate"
+            )
+        self.unchecked.clear()
+
+    def _logged(self) -> Metrics:
+        metrics = self.window.line(self.engine)
+        metrics["train/learning_rate"] = self.engine.rate(self.progress.step - 1)
+        metrics["train/grad_norm"] = self.norm
+        self.window.clear()
+        return metrics
+
+    def _validate(self, metrics: Metrics) -> bool:
+        """Add the validation's metrics; True if they are the best so far."""
+        assert self.validation is not None
+        started_at = time.monotonic()
+        with self.engine.evaluation() as module:
+            found = broadcast({name: float(value) for name, value in self.validation(module).items()})
+        metrics |= found
+        metrics["time/validate_s"] = time.monotonic() - started_at
+        progress, name = self.progress, self.settings.keep_best
+        progress.metrics = found
+        if name not in found:
+            raise UserError(f"train.keep_best: expected one of {', '.join(sorted(found)) or 'no metrics'}, got '{name}'")
+        sign = -1.0 if lower_is_better(name) else 1.0
+        held = progress.best_value
+        # A NaN (say, of one class only) is the best only as long as there is nothing else.
+        if held is None or math.isnan(held) or sign * found[name] > sign * held:
+            progress.best_value, progress.best_step, progress.without_gain = found[name], progress.step, 0
+            return True
+        progress.without_gain += 1
+        progress.stopped_early = 0 < self.settings.patience <= progress.without_gain and progress.step < self.settings.steps
+        return False
+
+    def _save(self, last: bool, best: bool) -> None:
+        self.writer.join()
+        weights = self.engine.weights()
+        loop = {
+            "step": self.progress.step,
+            "loader": {"step": self.progress.step},
+            "rng": {"seed": self.settings.seed, "rule": "a function of (seed, step, rank)"},
+            "world": self.worker.world,
+            "zero_stage": self.settings.zero_stage,
+            "precision": "bf16" if uses_bf16(self.settings.precision, self.worker.device) else "fp32",
+            "progress": vars(self.progress).copy(),
+            "window": self.window.fold(self.engine),
+        }
+        folder = None
+        if last:
+            folder = self.writer.scratch()
+            self.engine.save(folder)
+        self.writer.save(self.progress.step, weights, loop, folder, best)
+
+
+def _stream(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _first_users(micro_batches: Sequence[Arrays]) -> list[str]:
+    for batch in micro_batches:
+        if "user" in batch and len(batch["user"]):
+            return [str(user) for user in batch["user"][:5]]
+    return []
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The stop signals received so far; a second Ctrl-C ends at once. Only the main thread can listen."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,24 @@
+"""Fixtures of the whole suite: one Ray session for all tests that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """An embedded Ray of two CPUs, started on first use."""
+    import ray
+
+    for attempt in range(2):
+        try:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+            break
+        except (RuntimeError, TimeoutError):
+            # the start has a hard limit of 30 s, which a busy machine may miss once
+            if attempt:
+                raise
+    yield
+    ray.shutdown()
