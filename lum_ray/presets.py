@@ -61,26 +61,31 @@ def lumos_demo() -> Run:
         ),
         split=Split(
             validate_from="2017-09-20",
-            train=Subset(from_day="2017-02-26"),
+            train=Subset(from_day="2017-08-20"),
             validate=Subset(from_day="2017-09-20", until_day="2017-10-04", every_days=7),
             test=Subset(from_day="2017-10-11", until_day="2017-12-25", every_days=7),
         ),
         section=LumosConfig(
-            history_days=112,
+            history_days=252,
             future_days=7,
             width=64,
-            heads=4,
-            encoder_layers=2,
+            heads=8,
+            encoder_layers=1,
             swiglu_width=128,
-            embed_width=32,
+            embed_width=64,
             dropout=0.1,
+            pad="masked",
+            season=False,
             cuts_per_window=8,
-            cut_stride_days=3,
+            cut_stride_days=25,
             causal=True,
             lag_logits=True,
             continuous="lognormal",
         ),
-        train=Train(steps=600, batch=64, micro_batch=64, learning_rate=2e-3, validate_every=100, checkpoint_every=100),
+        train=Train(
+            steps=400, batch=32, micro_batch=32, learning_rate=3e-3, warmup_share=0.05, ema=0.99, validate_every=100,
+            validate_users=600, checkpoint_every=100,
+        ),
     )
 
 

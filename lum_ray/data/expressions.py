@@ -140,6 +140,8 @@ def _columns(node: ast.expr, aggregate: str) -> set[str]:
     match node:
         case ast.Name():
             return {node.id}
+        case ast.Constant(value=int(number)) if abs(number) >= 1 << 63:
+            raise refuse(node, "the number does not fit in 64 bits")
         case ast.Constant(value=bool() | int() | float() | str()):
             return set()
         case ast.BinOp() if type(node.op) in _ARITHMETIC:

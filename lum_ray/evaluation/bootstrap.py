@@ -61,7 +61,7 @@ def auc_resamples(y: Floats, score: Floats, user: Ints, weights: Weights) -> Flo
     positive_user = user[positive][positive_order]
     positive_scores = score[positive][positive_order]
     at_least = np.searchsorted(negative_scores, positive_scores, side="left")
-    at_most = np.searchsorted(negative_scores, positive_scores, side="left")
+    at_most = np.searchsorted(negative_scores, positive_scores, side="right")
     result = np.full(len(weights), np.nan)
     if len(negative_scores) == 0 or len(positive_scores) == 0:
         return result

@@ -191,7 +191,7 @@ class Lumos(nn.Module):
         gain = 0.1 if config.lag_logits else 1.0
         self.tokenizer = Tokenizer(config, inputs)
         self.future = MLP(inputs.event_width, config.embedding, config.embed_layers, width)
-        self.horizon_HD = nn.Parameter(torch.zeros(len(inputs.horizons), width))
+        self.horizon_HD = nn.Parameter(torch.zeros(len(inputs.horizons), width)) if inputs.horizons else None
         learned = config.positions == "learned"
         self.position_TD = nn.Parameter(torch.zeros(config.history_days, width)) if learned else None
         self.position_FD = nn.Parameter(torch.zeros(config.future_days, width)) if learned else None
@@ -316,12 +316,10 @@ class Lumos(nn.Module):
         step_Q = torch.arange(future + len(self.inputs.horizons), device=visible_BC.device)
         place_BCQ = visible_BC[..., None] + torch.where(step_Q < future, step_Q, 0)
         x = torch.cat(queries, dim=2)
-        if self.position_FD is not None:
-            x = x + torch.cat([self.position_FD, self.horizon_HD]).to(x.dtype)
-        else:
-            x = torch.cat([x[:, :, :future], x[:, :, future:] + self.horizon_HD.to(x.dtype)], dim=2)
-            added = self._positions(place_BCQ)
-            x = x + added.to(x.dtype) if added is not None else x
+        days_FD = self.position_FD if self.position_FD is not None else x.new_zeros(future, self.config.width)
+        x = x + (torch.cat([days_FD, self.horizon_HD]) if self.horizon_HD is not None else days_FD).to(x.dtype)
+        added = self._positions(place_BCQ)
+        x = x + added.to(x.dtype) if added is not None else x
         bias = self._cross_bias(memory, visible_BC)
         turned = self._rotation(place_BCQ.flatten(1)[:, None])
         seen = x.new_zeros(0)

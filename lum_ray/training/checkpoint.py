@@ -52,13 +52,14 @@ def load_weights(uri: str) -> dict[str, torch.Tensor]:
     Of a run the best are taken, else the last. Reads safetensors only. Raises UserError where there is no complete
     checkpoint, or none whose digest matches.
     """
-    step, content = _newest(uri, MODEL)
-    return load_safetensors(content)
+    _, content = _newest(uri, MODEL)
+    tensors: dict[str, torch.Tensor] = load_safetensors(content)
+    return tensors
 
 
 def load_loop(uri: str) -> dict[str, Any]:
     """`loop.json` of the checkpoint at `uri` (see `load_weights`)."""
-    step, content = _newest(uri, LOOP)
+    _, content = _newest(uri, LOOP)
     result: dict[str, Any] = json.loads(content)
     return result
 
@@ -250,7 +251,7 @@ class Writer:
                 return files
             except FileNotFoundError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{uri}: not written within {RANKS_TIMEOUT_S:.0f} s; that rank's disk?") from None
+                    raise TimeoutError(f"{uri}: not there after {RANKS_TIMEOUT_S:.0f} s; that rank's disk?") from None
                 time.sleep(0.05)
 
 

@@ -38,7 +38,7 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How to optimise. `steps` is the length of the schedule; `ema` is a decay (0: off); `clip_norm` 0 does not clip."""
+    """How to optimise. `steps` is the length of the schedule; `ema` is a decay (0: off); `clip_norm` 0: no clipping."""
 
     steps: int
     learning_rate: float = 1e-3
@@ -59,8 +59,8 @@ class Outcome:
     ranks that asked to stop.
     """
 
-    sums_K: torch.Tensor
-    counts_K: torch.Tensor
+    sums_K: torch.Tensor  # noqa: N815
+    counts_K: torch.Tensor  # noqa: N815
     objective: torch.Tensor
     gradient_norm: torch.Tensor
     votes: torch.Tensor
@@ -80,7 +80,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
@@ -130,7 +130,7 @@ class Engine:
         rank: int = 0,
         world: int = 1,
     ) -> Engine:
-        """Wrap `module` (fp32 parameters; frozen ones in any type); joins the process group, or makes one of one process.
+        """Wrap `module` (trainable parameters fp32); joins the process group, or makes one of one process.
 
         `loss(batch) -> (sums_K, counts_K)` computes with `module`; `weight_decay` of a group multiplies the run's.
         Raises UserError where torch.distributed knows another rank or world size than the arguments say.
@@ -326,10 +326,11 @@ def _join(deepspeed: Any, device: torch.device, rank: int, world: int) -> bool:
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if (dist.get_rank(), dist.get_world_size()) != (rank, world):
         raise UserError(
-            f"torch.distributed has rank {dist.get_rank()} of {dist.get_world_size()}, but the run says {rank} of {world}"
+            f"torch.distributed has rank {dist.get_rank()} of {dist.get_world_size()}, the run says {rank} of {world}"
         )
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

@@ -6,6 +6,7 @@ own checkpoint is the truth: a restarted group enters the same loop, which goes 
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -17,12 +18,12 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from lum_ray.artifacts import UserError, storage
-from lum_ray.training.loop import Diverged, Worker
+from lum_ray.training.loop import DivergedError, Worker
 
 MakeLoop = Callable[[Worker], dict[str, Any]]
 
 
-class _Trainer(TorchTrainer):
+class _Trainer(TorchTrainer):  # type: ignore[misc]
     """TorchTrainer without the guard that removes the placement group of a dead controller.
 
     That guard takes 12 s to stop at the end of each run. Ray removes the group anyway once the driver's job ends.
@@ -54,6 +55,7 @@ def fit(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
     def loop_per_worker() -> dict[str, Any]:
+        _quiet()
         context = ray.train.get_context()
         device = torch.device("cpu")
         if gpus:
@@ -61,7 +63,7 @@ def fit(
         worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report)
         try:
             return {"result": make_loop(worker)}
-        except Diverged as error:
+        except DivergedError as error:
             # Raised on all ranks alike, and again after each restart: no failure to recover from.
             return {"user_error": str(error)}
 
@@ -93,6 +95,7 @@ def fit(
 
 
 def _alone(make_loop: MakeLoop, gpus: bool) -> dict[str, Any]:
+    _quiet()
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     trainer = TorchTrainer(
         lambda: make_loop(Worker(device=device, report=_report)),
@@ -100,6 +103,11 @@ def _alone(make_loop: MakeLoop, gpus: bool) -> dict[str, Any]:
     )
     result: dict[str, Any] = trainer.fit().return_value
     return result
+
+
+def _quiet() -> None:
+    """Ray says each report and each start on stderr; the loop has its own progress line."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
 def _report(metrics: Mapping[str, float]) -> None:
@@ -113,12 +121,12 @@ def _check(workers: int, gpus: bool) -> None:
             raise UserError("train: one GPU asked for, but torch sees none on this machine")
         return
     if not ray.is_initialized():
-        raise UserError(f"train.workers: {workers} workers need a Ray session, but none is running; start one or set it to 1")
+        raise UserError(f"train.workers: {workers} workers need a Ray session, but none runs; start one, or set 1")
     found = ray.cluster_resources()
     cpus, cards = int(found.get("CPU", 0)), int(found.get("GPU", 0))
     if workers > cpus or (gpus and workers > cards):
         most = min(cpus, cards) if gpus else cpus
         raise UserError(
-            f"train.workers: {workers} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray session has "
-            f"{cpus} CPUs and {cards} GPUs; set train.workers to at most {most}, or add machines"
+            f"train.workers: {workers} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray "
+            f"session has {cpus} CPUs and {cards} GPUs; set train.workers to at most {most}, or add machines"
         )

@@ -1,8 +1,8 @@
 """The training loop: steps, log, validation, checkpoints; killed at any step, it goes on as if it had not been.
 
 Choices that are not obvious:
-- The random state of a step is a function of (seed, step, rank), set anew before each step. So dropout after a resume is
-  that of the uninterrupted run, and validation cannot disturb it.
+- The random state of a step is a function of (seed, step, rank), set anew before each step. So dropout after a resume
+  is that of the uninterrupted run, and validation cannot disturb it.
 - The averages that are open at a checkpoint are stored with it, so that the next line of the log is the same too.
 - On a GPU nothing waits for the device between two lines of the log; a NaN is then found at the next line, but its step
   is named, and it never reaches a checkpoint.
@@ -32,7 +32,7 @@ from lum_ray.config import Train
 from lum_ray.stage import Stage
 from lum_ray.training.checkpoint import Resumed, Writer, resume
 from lum_ray.training.engine import Engine, EngineSettings, Outcome, broadcast, gather_columns, uses_bf16
-from lum_ray.training.telemetry import ProgressLine, Telemetry
+from lum_ray.training.telemetry import ProgressLine, Telemetry, Window
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Metrics = dict[str, float]
@@ -40,7 +40,10 @@ Validation = Callable[[torch.nn.Module], Mapping[str, float]]
 LOWER_IS_BETTER = ("loss", "mape", "wmape", "brier", "ece", "mae")
 
 
-class Diverged(UserError):
+CPU = torch.device("cpu")
+
+
+class DivergedError(UserError):
     """The objective or its gradient is not finite. Every rank raises it at the same step."""
 
 
@@ -67,7 +70,7 @@ class Worker:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     report: Callable[[Mapping[str, float]], None] = lambda metrics: None
 
 
@@ -82,56 +85,6 @@ class _Progress:
     metrics: Metrics = field(default_factory=dict)
     finished: bool = False
     stopped_early: bool = False
-
-
-class _Window:
-    """The averages since the last line of the log. Sums are this rank's until `fold`."""
-
-    def __init__(self, terms: Sequence[str], device: torch.device) -> None:
-        self.terms, self.device = terms, device
-        self.clear()
-
-    def clear(self) -> None:
-        self.steps, self.wait_s, self.started_at = 0, 0.0, time.monotonic()
-        self.clock_steps, self.clock_tokens = 0, 0.0
-        self.counts_K = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
-        self.sums = torch.zeros(len(self.terms) + 1, dtype=torch.float64, device=self.device)
-
-    def add(self, outcome: Outcome, tokens: float, wait_s: float) -> None:
-        self.steps += 1
-        self.clock_steps += 1
-        self.clock_tokens += tokens
-        self.wait_s += wait_s
-        self.counts_K += outcome.counts_K
-        self.sums[:-1] += outcome.sums_K
-        self.sums[-1] += outcome.objective
-
-    def fold(self, engine: Engine) -> dict[str, Any]:
-        """Bring the sums of all ranks to rank 0 (the others start from 0), and give them as plain values."""
-        total = engine.reduce(self.sums)
-        self.sums = total.clone() if engine.rank == 0 else torch.zeros_like(total)
-        return {"steps": self.steps, "counts": self.counts_K.tolist(), "sums": total.tolist()}
-
-    def restore(self, plain: Mapping[str, Any], rank: int) -> None:
-        self.steps = plain["steps"]
-        self.counts_K += torch.tensor(plain["counts"], dtype=torch.float64, device=self.device)
-        if rank == 0:
-            self.sums += torch.tensor(plain["sums"], dtype=torch.float64, device=self.device)
-
-    def line(self, engine: Engine) -> Metrics:
-        """The averages as metrics; every rank must call it. Tokens per second are those of all ranks."""
-        clock = torch.tensor([self.clock_tokens], dtype=torch.float64, device=self.device)
-        *sums, objective, tokens = engine.reduce(torch.cat([self.sums, clock])).tolist()
-        seconds = max(time.monotonic() - self.started_at, 1e-9)
-        result = {"train/loss": objective / self.steps}
-        for name, total, count in zip(self.terms, sums, self.counts_K.tolist(), strict=True):
-            if count > 0:
-                result[f"train/loss_{name}"] = total / count
-        if tokens:
-            result["train/tokens_per_s"] = tokens / seconds
-        result["data/wait_s"] = self.wait_s / max(1, self.clock_steps)
-        result["time/step_s"] = seconds / max(1, self.clock_steps)
-        return result
 
 
 def lower_is_better(name: str) -> bool:
@@ -151,16 +104,17 @@ def train_loop(
     """Train `stage` to `settings.steps`, going on from `<place>/last` if it is there.
 
     `validation(module)` runs on every rank each `validate_every` steps and after the last; rank 0's metrics count.
-    With `patience` n the run stops after n validations in a row without a new best `keep_best`. Without a validation the
-    best weights are the last. Returns step, best_step, best_value, metrics, stopped_early, resumed_from, uri, the same
-    on every rank. Ctrl-C and SIGTERM finish the step and save it, then raise KeyboardInterrupt or SystemExit(143).
-    Raises UserError where the objective is not finite (`Diverged`), `keep_best` is not among the metrics, or the
+    With `patience` n the run stops after n validations in a row without a new best `keep_best`. Without a validation
+    the best weights are the last. Returns step, best_step, best_value, metrics, stopped_early, resumed_from, uri, the
+    same on every rank. Ctrl-C and SIGTERM finish the step and save it, then raise KeyboardInterrupt or SystemExit(143).
+    Raises UserError where the objective is not finite (`DivergedError`), `keep_best` is not among the metrics, or the
     checkpoint cannot be resumed.
     """
     worker = worker or Worker()
     torch.manual_seed(settings.seed)
+    optimise = _engine_settings(settings)
     engine = Engine.start(
-        stage.module, stage.trainable(), stage.loss, _engine_settings(settings), worker.device, worker.rank, worker.world
+        stage.module, stage.trainable(), stage.loss, optimise, worker.device, worker.rank, worker.world
     )
     try:
         return _Run(stage, loader, validation, settings, place, worker, engine, log_every).run()
@@ -196,7 +150,7 @@ class _Run:
         self.stage, self.loader, self.validation, self.settings = stage, loader, validation, settings
         self.place, self.worker, self.engine, self.log_every = place, worker, engine, log_every
         self.progress = _Progress()
-        self.window = _Window(stage.terms, worker.device)
+        self.window = Window(stage.terms, worker.device)
         self.writer = Writer(place, worker.rank, worker.world, broadcast(secrets.token_hex(3)))
         self.unchecked: list[tuple[int, Outcome, list[str]]] = []
         self.norm = math.nan
@@ -234,8 +188,8 @@ class _Run:
         stage, world = self.settings.zero_stage, self.worker.world
         if loop["zero_stage"] != stage or (stage and loop["world"] != world):
             raise UserError(
-                f"{self.place}: its checkpoint is of ZeRO stage {loop['zero_stage']} and {loop['world']} workers, the run "
-                f"asks for stage {stage} and {world}; use the same again, or train anew with --fresh"
+                f"{self.place}: its checkpoint is of ZeRO stage {loop['zero_stage']} and {loop['world']} workers, the "
+                f"run asks for stage {stage} and {world}; use the same again, or train anew with --fresh"
             )
         if not loop["progress"]["finished"]:
             self.engine.load(resumed.folder)
@@ -265,8 +219,10 @@ class _Run:
                 if metrics and telemetry is not None:
                     telemetry.write(done, metrics)
                 line.show(done, metrics)
-                if saves or best or stop or progress.finished:
-                    self._save(last=saves or stop or progress.finished, best=best or (final and self.validation is None))
+                best = best or (final and self.validation is None)
+                saves = saves or stop or progress.finished
+                if saves or best:
+                    self._save(last=saves, best=best)
                     if telemetry is not None:
                         telemetry.flush()
                 if validates or progress.finished:
@@ -297,7 +253,7 @@ class _Run:
         return outcome.votes
 
     def _check_finite(self) -> None:
-        """Raises Diverged on all ranks alike: the norm is that of the global gradient, the objectives are summed."""
+        """Raises DivergedError on all ranks alike: the norm is the global gradient's, the objectives are summed."""
         figures = torch.stack([torch.stack([o.gradient_norm.double(), o.objective]) for _, o, _ in self.unchecked])
         figures[:, 1] = self.engine.reduce(figures[:, 1].clone())
         for (step, outcome, users), (norm, objective) in zip(self.unchecked, figures.tolist(), strict=True):
@@ -310,9 +266,9 @@ class _Run:
             finite = bool(torch.isfinite(outcome.sums_K).all())
             bad = broadcast([user for part in gather_columns([] if finite else users) or [] for user in part]) or users
             whose = f"; the batch's first users: {', '.join(bad[:5])}" if bad else ""
-            raise Diverged(
-                f"step {step}: the loss is {objective:g} and the gradient's norm {norm:g} (not finite: {where}){whose}; "
-                "look for extreme values in these users' data, or lower train.learning_rate"
+            raise DivergedError(
+                f"step {step}: the loss is {objective:g} and the gradient's norm {norm:g} (not finite: {where}){whose}"
+                "; look for extreme values in these users' data, or lower train.learning_rate"
             )
         self.unchecked.clear()
 
@@ -334,7 +290,8 @@ class _Run:
         progress, name = self.progress, self.settings.keep_best
         progress.metrics = found
         if name not in found:
-            raise UserError(f"train.keep_best: expected one of {', '.join(sorted(found)) or 'no metrics'}, got '{name}'")
+            known = ", ".join(sorted(found)) or "no metrics"
+            raise UserError(f"train.keep_best: expected one of {known}, got '{name}'")
         sign = -1.0 if lower_is_better(name) else 1.0
         held = progress.best_value
         # A NaN (say, of one class only) is the best only as long as there is nothing else.
@@ -342,7 +299,8 @@ class _Run:
             progress.best_value, progress.best_step, progress.without_gain = found[name], progress.step, 0
             return True
         progress.without_gain += 1
-        progress.stopped_early = 0 < self.settings.patience <= progress.without_gain and progress.step < self.settings.steps
+        spent = 0 < self.settings.patience <= progress.without_gain
+        progress.stopped_early = spent and progress.step < self.settings.steps
         return False
 
     def _save(self, last: bool, best: bool) -> None:

@@ -2,6 +2,8 @@
 
 A resumed run cuts away the lines after the step that it resumes from, so that the file ends up equal to that of an
 uninterrupted run, save for the fields that read a clock (`is_wall_clock`).
+
+Shapes: K objective terms.
 """
 
 from __future__ import annotations
@@ -9,14 +11,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lum_ray.artifacts import join, read_bytes, storage, write_bytes
+from lum_ray.training.engine import Engine, Outcome
 
 METRICS = "metrics.jsonl"
 LINE_EVERY_S = 30.0
@@ -38,49 +42,46 @@ def read_metrics(uri: str) -> list[dict[str, Any]]:
 
 
 class Telemetry:
-    """Writes metrics of rank 0. `resumed` is the number of steps done before (0: a new run, whose file starts empty)."""
+    """Writes metrics of rank 0. `resumed` is the number of steps done before (0: a new run, whose file is new)."""
 
     def __init__(self, uri: str, resumed: int) -> None:
         self.uri, self.notes = uri, list[str]()
         self._lines = [json.dumps(line) for line in read_metrics(uri) if line["step"] <= resumed]
         self._place = storage(join(uri, METRICS))
         self.flush(whole=True)
-        self._file = open(self._place.path, "a", encoding="utf-8") if self._place.is_local else None
         self._board: Any = None
         if self._place.is_local:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(storage(join(uri, "tensorboard")).path, purge_step=resumed + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(storage(join(uri, "tensorboard")).path, purge_step=resumed + 1)
         else:
             self.notes.append(f"{uri}: no TensorBoard files in an object store; see {METRICS}")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for `step` (the number of steps done)."""
         line = json.dumps({"step": step, **metrics})
-        if self._file is None:
-            self._lines.append(line)
+        if self._place.is_local:
+            with open(self._place.path, "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
         else:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._lines.append(line)
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
 
     def flush(self, whole: bool = False) -> None:
         """Make what was written last: an object store gets the whole file anew (a checkpoint calls this)."""
-        if whole or self._file is None:
+        if whole or not self._place.is_local:
             write_bytes(join(self.uri, METRICS), "".join(line + "\n" for line in self._lines).encode())
 
     def close(self) -> None:
         self.flush()
-        if self._file is not None:
-            self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 class ProgressLine:
-    """Steps done and the newest figures on stderr: a bar in a terminal, else a line every 30 s. Silent if not `shown`."""
+    """Steps done and the newest figures on stderr: a bar in a terminal, else a line every 30 s."""
 
     def __init__(self, total: int, done: int, shown: bool) -> None:
         self._total, self._shown, self._text = total, shown, ""
@@ -88,7 +89,8 @@ class ProgressLine:
         self._bar: Progress | None = None
         console = Console(stderr=True)
         if shown and console.is_terminal:
-            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            text = TextColumn("{task.fields[text]}")
+            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("train", total=total, completed=done, text="")
 
@@ -97,14 +99,17 @@ class ProgressLine:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def show(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         if metrics:
-            known = {name: value for name, value in metrics.items() if name in ("train/loss", "train/tokens_per_s") or name.startswith("eval/")}
-            self._text = "  ".join(f"{name} {value:.4g}" for name, value in list(known.items())[:4])
+            shown = [name for name in metrics if name.startswith(("train/loss", "train/tokens", "eval/"))]
+            shown = [name for name in shown if not name.startswith("train/loss_")][:4]
+            self._text = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=self._text)
         elif self._shown and time.monotonic() - self._printed_at > LINE_EVERY_S:
@@ -117,3 +122,53 @@ class ProgressLine:
             self._bar.console.print(text, highlight=False)
         elif self._shown:
             print(text, file=sys.stderr, flush=True)
+
+
+class Window:
+    """The averages since the last line of the log. Sums are this rank's until `fold`."""
+
+    def __init__(self, terms: Sequence[str], device: torch.device) -> None:
+        self.terms, self.device = terms, device
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps, self.wait_s, self.started_at = 0, 0.0, time.monotonic()
+        self.clock_steps, self.clock_tokens = 0, 0.0
+        self.counts_K = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(len(self.terms) + 1, dtype=torch.float64, device=self.device)
+
+    def add(self, outcome: Outcome, tokens: float, wait_s: float) -> None:
+        self.steps += 1
+        self.clock_steps += 1
+        self.clock_tokens += tokens
+        self.wait_s += wait_s
+        self.counts_K += outcome.counts_K
+        self.sums[:-1] += outcome.sums_K
+        self.sums[-1] += outcome.objective
+
+    def fold(self, engine: Engine) -> dict[str, Any]:
+        """Bring the sums of all ranks to rank 0 (the others start from 0), and give them as plain values."""
+        total = engine.reduce(self.sums)
+        self.sums = total.clone() if engine.rank == 0 else torch.zeros_like(total)
+        return {"steps": self.steps, "counts": self.counts_K.tolist(), "sums": total.tolist()}
+
+    def restore(self, plain: Mapping[str, Any], rank: int) -> None:
+        self.steps = plain["steps"]
+        self.counts_K += torch.tensor(plain["counts"], dtype=torch.float64, device=self.device)
+        if rank == 0:
+            self.sums += torch.tensor(plain["sums"], dtype=torch.float64, device=self.device)
+
+    def line(self, engine: Engine) -> dict[str, float]:
+        """The averages as metrics; every rank must call it. Tokens per second are those of all ranks."""
+        clock = torch.tensor([self.clock_tokens], dtype=torch.float64, device=self.device)
+        *sums, objective, tokens = engine.reduce(torch.cat([self.sums, clock])).tolist()
+        seconds = max(time.monotonic() - self.started_at, 1e-9)
+        result = {"train/loss": objective / self.steps}
+        for name, total, count in zip(self.terms, sums, self.counts_K.tolist(), strict=True):
+            if count > 0:
+                result[f"train/loss_{name}"] = total / count
+        if tokens:
+            result["train/tokens_per_s"] = tokens / seconds
+        result["data/wait_s"] = self.wait_s / max(1, self.clock_steps)
+        result["time/step_s"] = seconds / max(1, self.clock_steps)
+        return result

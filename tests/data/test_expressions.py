@@ -72,6 +72,7 @@ def test_parse_names_the_parts() -> None:
         ("any(a in (1, 'x'))", "strings only or numbers only"),
         ("any(a is b)", "compares with None only"),
         ("sum(a for a in b)", "not allowed"),
+        ("any(a > 9223372036854775808)", "does not fit in 64 bits"),
     ],
 )
 def test_what_is_not_allowed_is_named(aggregate: str, said: str) -> None:

@@ -39,7 +39,8 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _data(**changes: Any) -> Data:
-    return Data(**({"behaviours": BEHAVIOURS, "max_reject_share": 0.01} | changes))
+    values: dict[str, Any] = {"behaviours": BEHAVIOURS, "max_reject_share": 0.01}
+    return Data(**(values | changes))
 
 
 def _rows(count: int = 3000, seed: int = 0) -> pa.Table:

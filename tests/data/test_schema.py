@@ -18,7 +18,8 @@ UTC = datetime.UTC
 
 
 def _data(**changes: Any) -> Data:
-    return Data(**({"behaviours": BEHAVIOURS} | changes))
+    values: dict[str, Any] = {"behaviours": BEHAVIOURS}
+    return Data(**(values | changes))
 
 
 def _events(**columns: Any) -> pa.Table:

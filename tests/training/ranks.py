@@ -49,7 +49,7 @@ def resume(rank: int, folder: str, zero_stage: int) -> dict[str, Any]:
     for name, parts in (("whole", (12,)), ("parts", (8, 12))):
         place = f"{folder}/{name}-{zero_stage}"
         for until in parts:
-            settings = Train(steps=12, checkpoint_every=4, keep_best="x", zero_stage=zero_stage, ema=0.9, precision="fp32")  # type: ignore[arg-type]
+            settings = Train(steps=12, checkpoint_every=4, ema=0.9, precision="fp32", zero_stage=zero_stage)  # type: ignore[arg-type]
             loader = ToyLoader(rank=rank, world=WORLD)
             if until < 12:
                 loader = Interrupted(rank=rank, world=WORLD)

@@ -34,7 +34,8 @@ def test_two_last_steps_and_one_best_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 5, 10, 15, best=True)
     assert [step.step for step in steps(str(tmp_path / "last"))] == [15, 10]
     assert [step.step for step in steps(str(tmp_path / "best"))] == [15]
-    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == ["00000010-abc123", "00000015-abc123", "manifest.json"]
+    names = {path.name for path in (tmp_path / "last").iterdir()}
+    assert names == {"00000010-abc123", "00000015-abc123", "manifest.json"}
     assert {"model.safetensors", "loop.json", "engine/state-0.pt"} == set(steps(str(tmp_path / "last"))[0].files)
     assert {"model.safetensors", "loop.json"} == set(steps(str(tmp_path / "best"))[0].files)
     assert not (tmp_path / ".writing").exists()
@@ -46,7 +47,8 @@ def test_weights_are_those_of_the_best_else_of_the_last(tmp_path: Path) -> None:
     assert load_weights(str(tmp_path))["w"].tolist() == [5, 5, 5]
     assert load_weights(str(tmp_path / "last"))["w"].tolist() == [10, 10, 10]
     shutil.rmtree(tmp_path / "best")
-    assert load_weights(str(tmp_path))["w"].tolist() == [10, 10, 10] and load_loop(str(tmp_path)) == {"step": 10}
+    assert load_weights(str(tmp_path))["w"].tolist() == [10, 10, 10]
+    assert load_loop(str(tmp_path)) == {"step": 10}
 
 
 def test_loading_weights_reads_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +70,12 @@ def test_a_damaged_step_is_passed_over(tmp_path: Path, name: str, damage: str) -
     else:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "changed" else content[:-3])
     resumed = resume(str(tmp_path))
-    assert resumed is not None and resumed.step == 5 and resumed.loop == {"step": 5}
-    assert len(resumed.notes) == 1 and name in resumed.notes[0] and "step 10" in resumed.notes[0]
+    assert resumed is not None
+    assert resumed.step == 5
+    assert resumed.loop == {"step": 5}
+    assert len(resumed.notes) == 1
+    assert name in resumed.notes[0]
+    assert "step 10" in resumed.notes[0]
     if name == "model.safetensors":
         assert load_weights(str(tmp_path / "last"))["w"].tolist() == [5, 5, 5]
 
@@ -78,14 +84,15 @@ def test_with_no_intact_step_it_says_so(tmp_path: Path) -> None:
     save(tmp_path, 5, 10)
     for index in (0, 1):
         file_of(tmp_path, index, "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no intact checkpoint to resume from:\ncheckpoint of step 10.*\n.*step 5"):
+    with pytest.raises(UserError, match=r"no intact checkpoint to resume from:\ncheckpoint of step 10.*\n.*step 5"):
         resume(str(tmp_path))
     with pytest.raises(UserError, match="no intact checkpoint"):
         load_weights(str(tmp_path))
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    assert resume(str(tmp_path)) is None and steps(str(tmp_path / "last")) == []
+    assert resume(str(tmp_path)) is None
+    assert steps(str(tmp_path / "last")) == []
     with pytest.raises(UserError, match="found none; run `lum-ray train` first"):
         load_weights(str(tmp_path))
 
@@ -96,7 +103,8 @@ def test_files_without_a_manifest_are_no_checkpoint_and_are_removed_later(tmp_pa
     (orphan / "model.safetensors").write_bytes(b"a part")
     assert resume(str(tmp_path)) is None
     save(tmp_path, 5)
-    assert not orphan.exists() and resume(str(tmp_path)) is not None
+    assert not orphan.exists()
+    assert resume(str(tmp_path)) is not None
 
 
 def test_the_manifest_waits_for_every_rank(tmp_path: Path) -> None:
@@ -108,7 +116,8 @@ def test_the_manifest_waits_for_every_rank(tmp_path: Path) -> None:
     first.save(5, {"w": torch.ones(3)}, {"step": 5}, folders[0], best=False)
     assert first._thread is not None
     first._thread.join(timeout=0.3)
-    assert first._thread.is_alive() and steps(str(tmp_path / "last")) == []
+    assert first._thread.is_alive()
+    assert steps(str(tmp_path / "last")) == []
     second.save(5, {}, {}, folders[1], best=False)
     second.join()
     first.join()

@@ -118,8 +118,10 @@ def test_a_term_that_counts_nothing_has_no_part_in_the_step() -> None:
     before = stage.module.state_dict()["second.bias"].clone()
     outcome = engine.step(0, split(windows(0, 16, rare=False), [0, 8, 16]))
     after = stage.module.state_dict()["second.bias"]
-    assert after[2] == before[2] and after[0] != before[0]
-    assert outcome.counts_K[2] == 0 and torch.isfinite(outcome.objective)
+    assert after[2] == before[2]
+    assert after[0] != before[0]
+    assert outcome.counts_K[2] == 0
+    assert torch.isfinite(outcome.objective)
     engine.close()
 
 
@@ -153,34 +155,40 @@ def test_save_and_load_continue_exactly(tmp_path: Path) -> None:
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     settings = EngineSettings(steps=100, learning_rate=2.0, warmup_share=0.1)
     rates = [learning_rate(settings, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == 2.0 == max(rates)
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == 2.0 == max(rates)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
+    assert rates[55] == pytest.approx(1.0)
+    assert 0 < rates[99] < 0.01
     assert learning_rate(settings, 100) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_precision() -> None:
-    assert uses_bf16("bf16", CPU) and not uses_bf16("fp32", CPU)
+    assert uses_bf16("bf16", CPU)
+    assert not uses_bf16("fp32", CPU)
     assert uses_bf16("auto", CPU) == torch.cpu._is_amx_tile_supported()
 
 
 def test_collectives(two_ranks: list[dict[str, Any]]) -> None:
     assert two_ranks[0]["collectives"] == {"gathered": [{"rank": 0}, {"rank": 1}], "broadcast": "from 0"}
     assert two_ranks[1]["collectives"] == {"gathered": None, "broadcast": "from 0"}
-    assert gather_columns({"a": 1}) == [{"a": 1}] and broadcast(3) == 3
+    assert gather_columns({"a": 1}) == [{"a": 1}]
+    assert broadcast(3) == 3
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_resume_exactly(two_ranks: list[dict[str, Any]], zero_stage: int) -> None:
     (whole, weights), (parts, resumed) = two_ranks[0][f"resume-{zero_stage}"]["runs"]
-    assert [line["train/loss"] for line in whole] == [line["train/loss"] for line in parts] and len(whole) == 4
+    assert [line["train/loss"] for line in whole] == [line["train/loss"] for line in parts]
+    assert len(whole) == 4
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
 def test_a_nan_on_one_rank_stops_all(two_ranks: list[dict[str, Any]]) -> None:
     for rank in two_ranks:
         assert rank["diverge"]["error"].startswith("step 4: the loss is nan")
-        assert "not finite: logistic" in rank["diverge"]["error"] and "user-3-8" in rank["diverge"]["error"]
+        assert "not finite: logistic" in rank["diverge"]["error"]
+        assert "user-3-8" in rank["diverge"]["error"]
 
 
 def test_validation_is_that_of_rank_zero(two_ranks: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ Shapes: B windows, F features, H hidden, K terms.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ def split(arrays: dict[str, npt.NDArray[Any]], edges: list[int]) -> list[dict[st
     """Micro-batches between `edges` (unequal, possibly empty)."""
     return [
         with_counts({name: column[start:stop] for name, column in arrays.items()})
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in itertools.pairwise(edges)
     ]
 
 

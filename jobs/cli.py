@@ -1,0 +1,250 @@
+"""The `lum-ray` command: the steps of a run, one sub-command each.
+
+The last line on stdout is the URI of what was made; everything else that is said goes to stderr. Exit codes: 0 done,
+1 the user can mend it, 2 wrong usage; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lum_ray import catalog, config, presets
+from lum_ray.artifacts import UserError, join
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True)
+
+RunFile = Annotated[str, typer.Argument(metavar="RUN", help="a run file, or the name of a preset")]
+Root = Annotated[str | None, typer.Option("--root", help="where artifacts go: a folder or s3://bucket/path")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="override one field; repeatable")]
+
+HEADLINE = {"binary": "eval/roc_auc", "continuous": "eval/wmape", "count": "eval/wmape"}
+
+
+def main() -> None:
+    """Run the command; errors that the user can mend are one message, without a trace."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        console.print(f"[bold red]error[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last checkpoint")
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def load(run: str, root: str | None, assignments: list[str] | None) -> config.Run:
+    """The run of a file or a preset's name, with overrides."""
+    extra = [*(assignments or []), *([f"root={root}"] if root else [])]
+    if run in presets.PRESETS and not os.path.exists(run):
+        return catalog.read_run(config.override(config.dump(presets.PRESETS[run]()), extra))
+    return catalog.load_run(run, extra)
+
+
+def say(text: str) -> None:
+    """What the steps report, on stderr."""
+    console.print(f"[dim]·[/] {_plain(text)}", highlight=False)
+
+
+def done(uri: str) -> None:
+    """The last line on stdout."""
+    print(uri, flush=True)
+
+
+@app.command()
+def init(preset: Annotated[str, typer.Argument(help=", ".join(presets.PRESETS))]) -> None:
+    """Write a preset as a commented run file to stdout."""
+    from jobs.run_file import commented
+
+    if preset not in presets.PRESETS:
+        raise UserError(f"{preset}: no such preset; there are {', '.join(presets.PRESETS)}")
+    print(commented(presets.PRESETS[preset]()), end="")
+
+
+@app.command()
+def validate(run: RunFile, root: Root = None, set_: Set = None) -> None:
+    """Check a run file and the schema of its tables, without building anything but the raw tables of a source."""
+    from lum_ray.data.context import check_calendar, check_profiles
+    from lum_ray.data.schema import check_events
+    from lum_ray.steps.prepare import raw_tables
+
+    loaded = load(run, root, set_)
+    tables, _ = raw_tables(loaded, say)
+    files = check_events(tables.events, loaded.data)
+    say(f"events: {len(files)} files, {sum(file.rows for file in files):,} rows")
+    if tables.profiles:
+        say(f"profiles: {sum(file.rows for file in check_profiles(tables.profiles, loaded.data)):,} rows")
+    if tables.calendar and loaded.data.calendar:
+        say(f"calendar: {sum(file.rows for file in check_calendar(tables.calendar, loaded.data)):,} rows")
+    done(tables.events)
+
+
+@app.command()
+def prepare(run: RunFile, root: Root = None, set_: Set = None) -> None:
+    """Turn the raw tables into timelines, a calendar and fitted statistics."""
+    from lum_ray.steps.prepare import describe
+    from lum_ray.steps.prepare import prepare as step
+
+    loaded = load(run, root, set_)
+    prepared = step(loaded, say)
+    for name, value in describe(loaded, prepared).items():
+        say(f"{name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')}: {value}")
+    done(prepared.timelines.uri)
+
+
+@app.command()
+def train(
+    run: RunFile, root: Root = None, set_: Set = None, fresh: Annotated[bool, typer.Option(help="train anew")] = False
+) -> None:
+    """Train, or go on where training was stopped; a finished run is returned as it is."""
+    from lum_ray.steps import train as step
+
+    done(step(load(run, root, set_), say, fresh))
+
+
+@app.command()
+def evaluate(
+    run: RunFile,
+    root: Root = None,
+    set_: Set = None,
+    max_users: Annotated[int | None, typer.Option(help="a stable sample of the test users")] = None,
+    by_cohort: Annotated[str | None, typer.Option(metavar="URI", help="compare the cohorts of these predictions")] = None,
+) -> None:
+    """Score the model beside the baselines on the test cuts and write the report; or compare cohorts."""
+    from lum_ray.steps import evaluate as step
+    from lum_ray.steps.evaluate import by_cohort as compare
+
+    loaded = load(run, root, set_)
+    if by_cohort:
+        print_cohorts(compare(loaded, by_cohort, say))
+        done(by_cohort)
+        return
+    found = step(loaded, say, max_users)
+    print_metrics(loaded, found.table)
+    done(join(found.uri, "report.html"))
+
+
+@app.command()
+def predict(
+    run: RunFile,
+    root: Root = None,
+    set_: Set = None,
+    cut: Annotated[str | None, typer.Option(help="first predicted day: a date or a day number; default: after the data")] = None,
+    cohorts: Annotated[str, typer.Option(help="shares such as treatment:0.5,control:0.5")] = "",
+    salt: Annotated[str, typer.Option(help="another salt is another assignment")] = "lum_ray",
+) -> None:
+    """Predict every user's coming days into parquet files, with a stable assignment to cohorts where asked."""
+    from lum_ray.steps import predict as step
+
+    day: int | str | None = int(cut) if cut is not None and cut.lstrip("-").isdigit() else cut
+    done(step(load(run, root, set_), say, day, shares(cohorts), salt))
+
+
+def shares(text: str) -> dict[str, float]:
+    """`a:0.5,b:0.5` as a table. Raises UserError for another form."""
+    result = {}
+    for part in text.split(",") if text else []:
+        name, _, value = part.partition(":")
+        try:
+            result[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"--cohorts {text}: expected shares such as treatment:0.5,control:0.5, got {part!r}") from None
+    return result
+
+
+@app.command()
+def publish(run: RunFile, root: Root = None, set_: Set = None) -> None:
+    """Write the snapshot of histories that `serve` looks users up in."""
+    from lum_ray.steps import publish as step
+
+    done(step(load(run, root, set_), say))
+
+
+@app.command()
+def serve(run: RunFile, root: Root = None, set_: Set = None) -> None:
+    """Serve the run's model over HTTP (trains and publishes what is missing) until Ctrl-C."""
+    from lum_ray.steps import publish as step_publish
+    from lum_ray.steps import train as step_train
+    from lum_ray.steps.session import start_ray
+    from serve.app import run as start_server
+    from serve.app import until_signal
+
+    loaded = load(run, root, set_)
+    checkpoint, state = step_train(loaded, say), step_publish(loaded, say)
+    start_ray()
+    server = start_server(checkpoint, state, loaded.serve)
+    say(f"serving at {server.url}, its description at {server.url}/docs; Ctrl-C ends it")
+    done(server.url)
+    until_signal(server)
+
+
+@app.command()
+def demo(root: Annotated[str, typer.Option("--root")] = "runs", set_: Set = None) -> None:
+    """The whole path on a year of real household shopping: prepare, train, evaluate, and two requests over HTTP."""
+    from jobs.demo import run_demo
+
+    run_demo(load("lumos_demo", root, set_), say)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has: packages, devices, and whether a Ray session starts."""
+    from jobs.doctor import report
+
+    table = Table("what", "found", "note", box=None)
+    bad = False
+    for what, found, note, fine in report():
+        table.add_row(what, found if fine else f"[red]{found}[/]", note)
+        bad |= not fine
+    console.print(table)
+    raise typer.Exit(1 if bad else 0)
+
+
+def print_metrics(run: config.Run, table: Any) -> None:
+    """The headline metric of every task, a column a model, on stderr."""
+    from lum_ray.steps.train import tasks_of
+
+    found = {(row["task"], row["metric"], row["model"]): row for row in table.to_pylist()}
+    models = sorted({model for _, _, model in found}, key=lambda name: (name != run.name, name))
+    shown = Table("task", "metric", *models, box=None, header_style="bold")
+    tasks = tasks_of(run)
+    for task in sorted(tasks, key=lambda name: (HEADLINE[tasks[name].kind], not tasks[name].horizon, name)):
+        metric = HEADLINE[tasks[task].kind]
+        rows = [found.get((task, metric, model)) for model in models]
+        values = [row["value"] for row in rows if row]
+        best = (max if metric == "eval/roc_auc" else min)(values) if values else None
+        cells = [
+            "-" if row is None else f"[{'bold' if row['value'] == best else 'default'}]{row['value']:.4f}[/]"
+            + (f" [dim]{row['low']:.3f}–{row['high']:.3f}[/]" if model == run.name else "")
+            for row, model in zip(rows, models, strict=True)
+        ]  # fmt: skip
+        shown.add_row(task, metric.removeprefix("eval/"), *cells)
+    console.print(shown)
+
+
+def print_cohorts(table: Any) -> None:
+    """Treatment minus control of each task, on stderr."""
+    shown = Table("task", "estimate", "difference", "95 %", "treated", "control", box=None, header_style="bold")
+    for row in table.to_pylist():
+        name = row["estimate"].removeprefix("eval/cohort_")
+        shown.add_row(row["task"], name, f"{row['value']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}",
+                      str(row["n_treatment"]), str(row["n_control"]))  # fmt: skip
+    console.print(shown)
+
+
+command: Callable[..., Any] = typer.main.get_command(app)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Ray Train around the loop: one worker in this process, several in a group that survives a crash."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from lum_ray.artifacts import UserError
+from lum_ray.training.fit import fit
+from lum_ray.training.loop import Worker
+from lum_ray.training.telemetry import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment})
+    yield
+    ray.shutdown()
+
+
+def test_one_worker_runs_here_without_a_session(capfd: pytest.CaptureFixture[str]) -> None:
+    heard = []
+
+    def loop(worker: Worker) -> dict[str, Any]:
+        worker.report({"step": 1})
+        heard.append(os.getpid())
+        return {"rank": worker.rank, "world": worker.world}
+
+    before = ray.is_initialized()
+    assert fit(loop) == {"rank": 0, "world": 1}
+    assert heard == [os.getpid()]
+    assert ray.is_initialized() == before
+    assert "Reported metrics" not in capfd.readouterr().err
+
+
+def test_an_error_of_one_worker_comes_as_it_is() -> None:
+    def loop(worker: Worker) -> dict[str, Any]:
+        raise UserError("data.events: no rows")
+
+    with pytest.raises(UserError, match=r"^data.events: no rows$"):
+        fit(loop)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="one GPU asked for"):
+        fit(lambda worker: {}, gpus=True)
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_session_has_are_refused(session: None) -> None:
+    with pytest.raises(UserError, match=r"train.workers: 65 asked for, each with one CPU, but this Ray session has \d+"):
+        fit(lambda worker: {}, workers=65)
+    with pytest.raises(UserError, match=r"and one GPU, but this Ray session has \d+ CPUs and 0 GPUs; set"):
+        fit(lambda worker: {}, workers=2, gpus=True)
+
+
+@pytest.mark.ray
+def test_two_workers_survive_a_crash(session: None, tmp_path: Path) -> None:
+    """Rank 1 dies after a checkpoint; the group starts again and follows the uninterrupted run."""
+    place = tmp_path / "run"
+
+    def loop(worker: Worker) -> dict[str, Any]:
+        from lum_ray.config import Train
+        from lum_ray.training.checkpoint import steps
+        from lum_ray.training.loop import train_loop
+        from tests.training.toy import ToyLoader, ToyStage
+
+        class Crashing(ToyLoader):
+            def seek(self, step: int) -> Any:
+                for item in super().seek(step):
+                    if worker.rank == 1 and step == 0 and item.index >= 5 and steps(str(place / "last")):
+                        os._exit(1)
+                    yield item
+
+        settings = Train(steps=9, checkpoint_every=3, validate_every=3, keep_best="eval/one", precision="fp32", zero_stage=2)
+        loader = Crashing(rank=worker.rank, world=worker.world, pause_s=0.2)
+        result = train_loop(ToyStage(0.2), loader, lambda module: {"eval/one": 1.0}, settings, str(place), worker, 1)
+        return {**result, "world": worker.world}
+
+    result = fit(loop, workers=2, storage_path=str(tmp_path / "ray"), max_failures=1)
+    assert result["world"] == 2
+    assert result["step"] == 9
+    assert result["resumed_from"] in (3, 6)
+    assert [line["step"] for line in read_metrics(str(place))] == list(range(1, 10))
