@@ -206,7 +206,7 @@ class Split:
             raise ValueError("segment_column: `segments` are named, so say which profile column holds them")
         if self.validate_from is None:
             apart = [
-                set(self.train.segments).isdisjoint(part.segments) and part.segments and self.train.segments
+                (set(self.train.segments).isdisjoint(part.segments) and part.segments and self.train.segments)
                 or part.segments or part.users != (0.0, 1.0)
                 for part in (self.validate, self.test)
             ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (its usual name)
+from torch.nn import functional as F
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin), each (..., K / 2), broadcastable to the positions that are turned."""
@@ -184,7 +184,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0, gain: float = 1.0) -> None:
         super().__init__()
         self.attention_norm, self.swiglu_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads, dropout, gain)
+        self.attention = SelfAttention(width, heads, gain=gain)
         self.swiglu = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)
 

@@ -118,12 +118,12 @@ def lumos_oulad() -> Run:
         ),
         split=Split(
             segment_column="presentation",
-            train=Subset(from_day=30, until_day=225, segments=("2013B", "2013J")),
+            train=Subset(from_day=100, until_day=225, segments=("2013B", "2013J")),
             validate=Subset(from_day=30, until_day=225, every_days=14, segments=("2013J",), users=(0.8, 1.0)),
             test=Subset(from_day=30, until_day=225, every_days=14, segments=("2014B",)),
             min_history_days=0,
         ),
-        section=dataclasses.replace(lumos_demo().section, history_days=112),
+        section=dataclasses.replace(lumos_demo().section, history_days=252, cut_stride_days=14),
         train=Train(steps=1200, batch=64, learning_rate=2e-3),
     )
 
@@ -153,7 +153,7 @@ def lumos_simulator() -> Run:
             validate=Subset(from_day="2024-07-01", until_day="2024-08-15", every_days=15),
             test=Subset(from_day="2024-09-01", until_day="2024-12-20", every_days=15),
         ),
-        section=dataclasses.replace(lumos_demo().section, history_days=368, cuts_per_window=8, cut_stride_days=7),
+        section=dataclasses.replace(lumos_demo().section, history_days=378, cut_stride_days=7),
         train=Train(steps=1500, batch=64, learning_rate=2e-3),
     )
 

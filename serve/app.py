@@ -51,7 +51,7 @@ class Lumos:
     """The model's deployment. Calls that arrive within BATCH_WAIT_S of each other share a forward pass."""
 
     def __init__(self, checkpoint_uri: str, state_uri: str | None, max_batch: int) -> None:
-        # torch is imported here alone: the driver and the ingress do without it
+        # torch is imported here: the ingress does without it
         from lum_ray.data.state import State
         from lum_ray.lumos.predictor import Predictor
         from serve.batching import LumosModel
@@ -204,6 +204,10 @@ def run(
             f"serve.replicas: {settings.replicas} need {needed:g} CPUs, Ray has {have:g}; take fewer, or give it more"
         )
     port = _bindable(host, port)
+    # what is wrong with a checkpoint is said here in a second, rather than by a replica after three attempts
+    from lum_ray.lumos.predictor import Predictor
+
+    Predictor.load(_absolute(checkpoint_uri), device="cpu")
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": host, "port": port, "request_timeout_s": settings.timeout_s + 10},
@@ -266,11 +270,12 @@ def _wait_until_ready(server: Server, deadline: float) -> None:
 
 
 def _cause(reasons: Sequence[str]) -> str:
-    """The line that says why a replica failed: that of the error itself, without the stack above it."""
+    """Why a replica failed: what its UserError says, else the last line; never the stack above it."""
+    for reason in reasons:
+        _, found, told = reason.rpartition("UserError: ")
+        if found:
+            return "\n".join(told.strip().splitlines()[:6])
     lines = [line.strip() for reason in reasons for line in reason.splitlines() if line.strip()]
-    for line in reversed(lines):
-        if "UserError: " in line:
-            return line.partition("UserError: ")[2]
     return lines[-1] if lines else "Serve gives no reason; see the logs of Ray"
 
 

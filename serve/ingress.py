@@ -205,8 +205,9 @@ def _reason(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         return "unknown field"
     if item["type"] == "missing":
-        hint = " (send JSON with Content-Type: application/json)" if len(item["loc"]) == 1 else ""
-        return f"required, but missing{hint}"
+        return "required, but missing"
+    if isinstance(item["input"], bytes):
+        return "expected JSON; send it with the header Content-Type: application/json"
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return message if item["type"] == "value_error" else f"{message}, got {shown(item['input'])}"

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from lum_ray.config import Run
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
@@ -22,3 +24,16 @@ def ray_session() -> Iterator[None]:
                 raise
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The preset `lumos_tiny`, trained by the local engine: a real checkpoint over real artifacts, in seconds."""
+    from lum_ray import catalog, config, presets
+    from lum_ray.steps import train
+
+    root = str(tmp_path_factory.mktemp("tiny"))
+    raw = config.override(config.dump(presets.lumos_tiny()), [f"root={root}", "data.engine=local"])
+    run = catalog.read_run(raw)
+    train(run)
+    return run

@@ -44,7 +44,12 @@ def test_causal_attention_does_not_look_ahead() -> None:
 
 
 def test_cross_attention_equals_its_plain_form_and_its_weights() -> None:
-    layer, x_BQD, memory_BTD, bias = CrossAttention(16, 4), torch.randn(2, 3, 16), torch.randn(2, 5, 16), torch.randn(3, 5)
+    layer, x_BQD, memory_BTD, bias = (
+        CrossAttention(16, 4),
+        torch.randn(2, 3, 16),
+        torch.randn(2, 5, 16),
+        torch.randn(3, 5),
+    )
     memory = layer.keys_values(memory_BTD)
     out = layer(x_BQD, memory, bias)
     torch.testing.assert_close(out, layer(x_BQD, layer.keys_values(memory_BTD, plain=True), bias, plain=True))
@@ -79,7 +84,8 @@ def test_a_bank_of_heads_equals_one_head_after_the_other(shared: bool) -> None:
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     scores = [
-        (turn(q, rotation(torch.tensor([a]), 8)) * turn(k, rotation(torch.tensor([b]), 8))).sum() for a, b in ((9, 4), (25, 20), (9, 5))
+        (turn(q, rotation(torch.tensor([a]), 8)) * turn(k, rotation(torch.tensor([b]), 8))).sum()
+        for a, b in ((9, 4), (25, 20), (9, 5))
     ]
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
     assert (scores[0] - scores[2]).abs() > 1e-3

@@ -42,7 +42,7 @@ def interleaved(forms: Sequence[Callable[[], None]], repeats: int) -> list[list[
 def heads_and_tokenizer(model: Lumos, batch: Batch, plain: bool) -> None:
     """Forward and backward of what the two forms compute differently most."""
     model.zero_grad(set_to_none=True)
-    windows, days = batch["history_event_BT"].shape
+    days = batch["history_event_BT"].shape[1]
     pad_BT = torch.arange(days) < batch["pads_B"][:, None]
     tokens_BTD = model.tokenizer(batch, batch["event_rows_ES"], pad_BT, plain)
     states = tokens_BTD[:, : model.config.future_days].flatten(0, 1)
@@ -58,12 +58,12 @@ def mean_losses(model: Lumos, batch: Batch, plain: bool) -> torch.Tensor:
 
 def train_step(model: Lumos, batch: Batch, optimiser: torch.optim.Optimizer, plain: bool) -> None:
     optimiser.zero_grad(set_to_none=True)
-    mean_losses(model, batch, plain).sum().backward()
+    mean_losses(model, batch, plain).sum().backward()  # type: ignore[no-untyped-call]
     optimiser.step()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.train_step", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.train_step", description="One training step of LUMOS.")
     parser.add_argument("--quick", action="store_true", help="a smoke test: small widths, few repeats")
     parser.add_argument("--windows", type=int, default=4, help="windows a batch")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form")
@@ -73,8 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         config = replace(config, history_days=60, width=64, heads=4, encoder_layers=2, swiglu_width=64)
     windows, repeats = (2, 3) if options.quick else (options.windows, options.repeats)
-    run = {"config": asdict(config), "windows": windows, "repeats": repeats, "threads": torch.get_num_threads(),
-           "quick": options.quick, "active_share": 0.08}
+    run = {
+        "config": asdict(config),
+        "windows": windows,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "quick": options.quick,
+        "active_share": 0.08,
+    }
     model = Lumos(config, INPUTS)
     batch = to_device(lumos_batch(config, windows, seed=0), torch.device("cpu"))
     with torch.no_grad():
@@ -88,8 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratios = [b / a for a, b in zip(fast, plain, strict=True)]
     ratio, low, high = spread(ratios)
     machine = hardware()
-    emit("train_step/heads_tokenizer/ratio", ratio, "x", peer="plain form", ratio=ratio, low=low, high=high,
-         run=run | {"fast_s": spread(fast)[0], "plain_s": spread(plain)[0]}, machine=machine, packages=("torch", "numpy"))
+    emit(
+        "train_step/heads_tokenizer/ratio",
+        ratio,
+        "x",
+        peer="plain form",
+        ratio=ratio,
+        low=low,
+        high=high,
+        run=run | {"fast_s": spread(fast)[0], "plain_s": spread(plain)[0]},
+        machine=machine,
+        packages=("torch", "numpy"),
+    )
 
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     fast, plain = interleaved(
@@ -97,9 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     tokens = windows * config.history_days
     value, low, high = spread([tokens / seconds for seconds in fast])
-    emit("train_step/lumos_paper/tokens_per_s", value, "tokens/s", peer="plain form",
-         ratio=spread(plain)[0] / spread(fast)[0], low=low, high=high, run=run | {"loss_difference": difference},
-         machine=machine, packages=("torch", "numpy"))
+    emit(
+        "train_step/lumos_paper/tokens_per_s",
+        value,
+        "tokens/s",
+        peer="plain form",
+        ratio=spread(plain)[0] / spread(fast)[0],
+        low=low,
+        high=high,
+        run=run | {"loss_difference": difference},
+        machine=machine,
+        packages=("torch", "numpy"),
+    )
     if not difference < TOLERANCE:
         worst = sorted(zip(differences.tolist(), model.inputs.terms, strict=True), reverse=True)[:5]
         note(f"expected differences under {TOLERANCE}, got " + ", ".join(f"{name}: {d:.2e}" for d, name in worst))

@@ -43,9 +43,11 @@ Collate = Callable[[Rows, Samples], Arrays]
 class Schedule:
     """Which rows of which lanes a step holds: arithmetic over the lanes' sizes, the same on every rank.
 
-    Row i of a lane with n rows has the key (i + phase) / n, where the phase in [0, 1) is the lane's hash in that epoch; an
-    epoch is all rows by (key, lane). So every lane gives its share, to within a row, to every stretch of the epoch, and
-    lanes of a few rows do not meet in the same steps each time. Step s holds the places [s * batch, (s + 1) * batch) of
+    Row i of a lane with n rows has the key (i + phase) / n, where the phase in [0, 1) is the lane's hash in that epoch;
+    an epoch is all rows by (key, lane). So every lane gives its share, to within a row, to every stretch of the epoch,
+    and lanes of a few rows do not meet in the same steps each time.
+
+    Step s holds the places [s * batch, (s + 1) * batch) of
     the epochs laid end to end; a step may straddle epochs.
     """
 
@@ -253,7 +255,7 @@ class Loader:
         return Step(step, pieces[0][0], micro_batches, rows_without_cut)
 
     def _fits(self, timelines: Timelines, cache_mib: float) -> bool:
-        """Whether all rows of this rank fit in the cache, by the manifest's counts (about 200 bytes beside a user's days)."""
+        """Whether this rank's rows fit in the cache, by the manifest's counts (200 bytes a user beside the days)."""
         rows = self.schedule.rows
         whole = int(timelines.manifest["active_days"]) * (4 + 8 * len(timelines.behaviours)) + rows * 200
         return whole * int(self.schedule.lane_rows[self._rank :: self._world].sum()) <= cache_mib * 2**20 * rows
@@ -271,8 +273,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[Rows, Samples, Arrays]]:
     """Every allowed (row, cut) exactly once over all ranks, in bucket order, at most `micro_batch` samples at a time.
 
-    Memory is bounded by a bucket. Ranks may make different numbers of batches. With `max_users`, only the users with the
-    smallest hash(seed, user) among those that have a cut: the same ones whatever the world size, and a larger
+    Memory is bounded by a bucket. Ranks may make different numbers of batches. With `max_users`, only the users with
+    the smallest hash(seed, user) among those that have a cut: the same ones whatever the world size, and a larger
     `max_users` adds users to them.
     """
     _check_world(world)
@@ -352,8 +354,8 @@ class _LaneReader:
             rows, size = self._timelines.read_measured([bucket])
             if len(rows) != self._users[bucket]:
                 raise UserError(
-                    f"{self._timelines.uri}: bucket {bucket} has {len(rows)} users, its manifest says {self._users[bucket]}; "
-                    "remove the artifact's folder and prepare again"
+                    f"{self._timelines.uri}: bucket {bucket} has {len(rows)} users, its manifest says "
+                    f"{self._users[bucket]}; remove the artifact's folder and prepare again"
                 )
             held[bucket] = rows
             self._stats.rows_read += len(rows)

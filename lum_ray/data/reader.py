@@ -143,35 +143,36 @@ class Timelines:
                 about = file.metadata.row_group(group.index)
                 if about.num_rows != group.rows:
                     raise UserError(
-                        f"{group.uri}: row group {group.index} has {about.num_rows} rows, its manifest says {group.rows}; "
-                        "the file was changed after the artifact was built: prepare it again under another root"
+                        f"{group.uri}: row group {group.index} has {about.num_rows} rows, its manifest says "
+                        f"{group.rows}; the file was changed since: remove the artifact's folder and prepare again"
                     )
                 stored = file.schema_arrow.names
                 names = stored if columns is None else list(columns)
                 missing = sorted(set(names) - set(stored))
                 if missing:
                     raise UserError(
-                        f"{group.uri}: expected the columns {missing[:5]}, the file has {stored}; prepare the timelines again"
+                        f"{group.uri}: expected the columns {missing[:5]}, the file has {stored}; "
+                        "prepare the timelines again"
                     )
                 chunks = [about.column(index) for index in range(about.num_columns)]
                 size += sum(int(chunk.total_compressed_size) for chunk in chunks if _root(chunk) in names)
                 return file.read_row_group(group.index, columns=names).select(names), size
         except FileNotFoundError as error:
             raise UserError(
-                f"{group.uri}: the manifest of {self.uri} names this file, but it is not there; restore it, or remove the "
-                "artifact's folder and prepare again"
+                f"{group.uri}: the manifest of {self.uri} names this file, but it is not there; restore it, or "
+                "remove the artifact's folder and prepare again"
             ) from error
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
-                f"{group.uri}: expected a parquet file with {group.groups} row groups, but it cannot be read ({error}); if "
-                "the store is well, the file was cut off or damaged: remove the artifact's folder and prepare again"
+                f"{group.uri}: expected a parquet file with {group.groups} row groups, but it cannot be read "
+                f"({error}); if the store is well, the file is damaged: remove the artifact's folder and prepare again"
             ) from error
 
     def _check(self, group: _RowGroup, file: pq.ParquetFile) -> None:
         if file.metadata.num_row_groups != group.groups:
             raise UserError(
-                f"{group.uri}: has {file.metadata.num_row_groups} row groups, its manifest says {group.groups}; the file was "
-                "changed after the artifact was built: remove the artifact's folder and prepare again"
+                f"{group.uri}: has {file.metadata.num_row_groups} row groups, its manifest says {group.groups}; "
+                "the file was changed after the artifact was built: remove the artifact's folder and prepare again"
             )
 
     @cached_property
@@ -188,8 +189,8 @@ def rows_from_tables(
     """Users that are in memory already, as `Timelines.read` gives a bucket: sorted by (hash, user).
 
     `daily` has user, day and one integer column a behaviour (units of its resolution), one row per user and day, in any
-    order. `profiles` has user and optionally registered, ends, segment and raw columns; a user who is only there gets an
-    empty history (and without a registration did not exist before `end_day`). Raises UserError where a (user, day)
+    order. `profiles` has user and optionally registered, ends, segment and raw columns; a user who is only there gets
+    an empty history (and without a registration did not exist before `end_day`). Raises UserError where a (user, day)
     comes twice.
     """
     names = daily["user"].cast(pa.string()).combine_chunks()
@@ -256,7 +257,8 @@ def _decode(table: pa.Table, behaviours: Sequence[str], where: str) -> _History:
         if len(wrong):
             raise UserError(
                 f"{where}: '{name}' must have one value per active day; expected {lengths[wrong].tolist()}, got "
-                f"{theirs[wrong].tolist()} for the users {table['user'].take(wrong).to_pylist()}; prepare the timelines again"
+                f"{theirs[wrong].tolist()} for the users {table['user'].take(wrong).to_pylist()}; "
+                "prepare the timelines again"
             )
     days = _numpy(pc.list_flatten(table["days"]), np.int32)
     return _History(
@@ -302,8 +304,8 @@ def _check_days(history: _History, where: str) -> None:
         row = np.searchsorted(np.cumsum(history.lengths), wrong, side="right")
         pairs = list(zip(history.user.take(row).to_pylist(), history.days[wrong].tolist(), strict=True))
         raise UserError(
-            f"{where}: expected each (user, day) once and days ascending, over all parts; got again {pairs}; prepare the "
-            "timelines anew, or remove the repeated rows"
+            f"{where}: expected each (user, day) once and days ascending, over all parts; got again {pairs}; "
+            "prepare the timelines anew, or remove the repeated rows"
         )
 
 

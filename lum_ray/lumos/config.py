@@ -33,7 +33,8 @@ class LumosConfig:
     """Hidden ReLU layers of each modality's MLP. Its linear output layer is not built: the projection's first layer,
     which is linear too, follows at once."""
     dropout: float = 0.0
-    """On attention weights, and on what each block adds to the residual stream."""
+    """On what each block adds to the residual stream. Not on attention weights: on a CPU drawing B * heads * T * T
+    random numbers costs more than the attention itself."""
     input_dropout: float = 0.0
     """On the daily tokens."""
     positions: Literal["learned", "sinusoidal", "rope", "time2vec"] = "learned"

@@ -64,7 +64,7 @@ def fit_inputs(
         values = rows.values[seen]
         for column, item in enumerate(behaviours):
             x = values[:, column] * item.resolution
-            x = np.sign(x) * np.log1p(np.abs(x)) if item.transform == "log1p" else x
+            x = np.sign(x) * np.log1p(np.abs(x)) if _transform(item) == "log1p" else x
             squares[column] += float((x**2).sum())
         known = visible(rows.first_day, until_day)
         user_days += int((until_day - rows.first_day[known].astype(np.int64)).sum())
@@ -93,7 +93,7 @@ def fit_inputs(
                 kind=item.kind,
                 resolution=item.resolution,
                 gate=names.index(item.gate) if item.gate else None,
-                transform=item.transform,
+                transform=_transform(item),
                 scale=max(float(np.sqrt(squares[i] / max(user_days, 1))), 0.01) if squares[i] else 1.0,
             )
             for i, item in enumerate(behaviours)
@@ -106,6 +106,10 @@ def fit_inputs(
         numbers=tuple(_number(name, moments[name]) for name in numbers),
         categories=tuple(CategoryInput(name, tuple(sorted(vocabulary[name]))) for name in categories),
     )
+
+
+def _transform(item: BehaviourSpec) -> Literal["identity", "log1p"]:
+    return "identity" if item.kind == "binary" else item.transform
 
 
 def with_starts(inputs: Inputs, config: LumosConfig, windows: Iterable[tuple[Rows, Samples]], until_day: int) -> Inputs:

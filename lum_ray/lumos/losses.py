@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (its usual name)
+from torch.nn import functional as F
 
 from lum_ray.lumos.config import BehaviourInput, Inputs, LumosConfig
 from lum_ray.nn import Constants

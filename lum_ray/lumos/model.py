@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (its usual name)
+from torch.nn import functional as F
 
 from lum_ray.lumos.config import Inputs, LumosConfig
 from lum_ray.lumos.losses import Objective
@@ -159,11 +159,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LumosConfig, gain: float) -> None:
         super().__init__()
         self.cross_norm, self.swiglu_norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.cross = CrossAttention(config.width, config.heads, config.dropout, gain)
+        self.cross = CrossAttention(config.width, config.heads, gain=gain)
         self.swiglu = SwiGLU(config.width, config.swiglu_width)
         among = config.decoder_self_attention
         self.among_norm = nn.LayerNorm(config.width) if among else None
-        self.among = SelfAttention(config.width, config.heads, config.dropout) if among else None
+        self.among = SelfAttention(config.width, config.heads) if among else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

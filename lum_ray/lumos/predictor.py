@@ -260,7 +260,7 @@ class Predictor:
             naive = [j for j, value in enumerate(values) if value.tzinfo is None]
             if naive and self.run.data.time_zone != "UTC":
                 raise UserError(f"{where}.events[{naive[0]}]: the timestamp has no zone; write it like 2017-09-20T18:30:00-04:00")
-            return pa.array([v if v.tzinfo else v.replace(tzinfo=datetime.timezone.utc) for v in values], pa.timestamp("us", "UTC"))
+            return pa.array([v if v.tzinfo else v.replace(tzinfo=datetime.UTC) for v in values], pa.timestamp("us", "UTC"))
         if len({type(value) for value in values}) > 1:
             raise UserError(f"{where}.events: expected times of one kind, got timestamps, dates and numbers mixed")
         return pa.array(values, pa.int32() if isinstance(values[0], int) else pa.date32())

@@ -24,9 +24,9 @@ def reference_rows(batches: Iterable[Arrays], rhythm_width: int, future_days: in
         rows = batch["event_rows_ES"][batch["future_event_BCX"][:, -1, :future_days]]
         cuts.append(rows[:, :, rhythm_width:])
     days_nFS = np.concatenate(cuts).astype(np.float32)
-    flat = days_nFS.reshape(-1, days_nFS.shape[2])
-    if flat.shape[1] == 0:
+    if days_nFS.shape[2] == 0:  # no calendar: no scenario is far
         return {"event_rows_ES": np.zeros((1, 0), np.float32), "distances": np.zeros(len(days_nFS), np.float32)}
+    flat = days_nFS.reshape(-1, days_nFS.shape[2])
     rows_ES, inverse, counts = np.unique(flat, axis=0, return_inverse=True, return_counts=True)
     nearest = np.zeros(len(rows_ES), np.float32)
     for index in np.flatnonzero(counts == 1):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import hashlib
-
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from lum_ray import config
-from lum_ray.artifacts import UserError, commit, digest, find, join, open_artifact, read_bytes, read_json, write_table
+from lum_ray.artifacts import UserError, commit, digest, find, join, write_table
 from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
 from lum_ray.data.reader import Timelines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from safetensors.numpy import save as save_arrays
 
 from lum_ray import catalog, config
-from lum_ray.artifacts import digest, find, join, read_json, storage, write_bytes, write_json
+from lum_ray.artifacts import digest, find, join, storage, write_bytes, write_json
 from lum_ray.config import Run
 from lum_ray.data.loader import Loader, evaluation_batches
 from lum_ray.data.reader import Timelines

@@ -135,6 +135,8 @@ class Engine:
         `loss(batch) -> (sums_K, counts_K)` computes with `module`; `weight_decay` of a group multiplies the run's.
         Raises UserError where torch.distributed knows another rank or world size than the arguments say.
         """
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         deepspeed = _import_deepspeed(device)
         owns_group = _join(deepspeed, device, rank, world)
         groups = [
@@ -204,7 +206,9 @@ class Engine:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[torch.nn.Module]:
         """The module ready to predict: evaluation mode, no gradients, the averaged weights where `ema` is on."""
-        kept = self._swap_in()
+        kept = [(tensor, tensor.clone()) for tensor in self._local()] if self._ema is not None else []
+        for (tensor, _), value in zip(kept, self._ema or (), strict=True):
+            tensor.copy_(value)
         training = self.module.training
         self.module.eval()
         try:
@@ -216,16 +220,8 @@ class Engine:
                 yield self.module
         finally:
             self.module.train(training)
-            for tensor, value in zip(self._local(), kept, strict=True):
+            for tensor, value in kept:
                 tensor.copy_(value)
-
-    def _swap_in(self) -> list[torch.Tensor]:
-        local = self._local() if self._ema is not None else []
-        kept = [tensor.clone() for tensor in local]
-        for tensor, value in zip(local, self._ema or (), strict=True):
-            tensor.copy_(value)
-        # Without an average nothing was replaced: the same values are copied back onto themselves.
-        return kept or self._local()
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -57,9 +58,7 @@ def fit(
     def loop_per_worker() -> dict[str, Any]:
         _quiet()
         context = ray.train.get_context()
-        device = torch.device("cpu")
-        if gpus:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = ray.train.torch.get_device() if gpus else torch.device("cpu")
         worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report)
         try:
             return {"result": make_loop(worker)}
@@ -84,7 +83,8 @@ def fit(
         outcome = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
-            cause = failure.__cause__ or failure
+            # Ray hands the worker's exception on inside one of its own, in an attribute.
+            cause = getattr(failure, "_base_exc", failure)
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from error
         raise

@@ -157,6 +157,9 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         resumed = resume(self.place)
+        found = resumed.step if resumed else 0
+        if (agreed := broadcast(found)) != found:
+            raise RuntimeError(f"{self.place}: rank 0 resumes at step {agreed}, rank {self.worker.rank} at {found}")
         if resumed is not None:
             self._take_up(resumed)
         start = self.progress.step

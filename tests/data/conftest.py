@@ -1,4 +1,4 @@
-"""Synthetic timelines: plain tables, and a writer that lays them out as an artifact, row by row and without the product's code."""
+"""Synthetic timelines: plain tables, and a writer of them as an artifact, row by row, without the product's code."""
 
 from __future__ import annotations
 

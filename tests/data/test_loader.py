@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lum_ray.artifacts import UserError
-from lum_ray.data.loader import LANES, Arrays, Loader, Schedule, Step, evaluation_batches, micro_batch_count
+from lum_ray.data.loader import LANES, Arrays, Loader, Schedule, Step, micro_batch_count
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples, mix, share
 from lum_ray.data.windows import CutPlan, history
@@ -161,6 +161,8 @@ def test_the_order_changes_with_the_epoch_and_the_seed(stored: str) -> None:
     assert sorted(first) == sorted(second) == sorted(other)
     for one, two in itertools.combinations((first, second, other), 2):
         assert np.mean(np.array(one) == np.array(two)) < 0.1
+        within = [[[key for key in order if key % LANES == lane] for order in (one, two)] for lane in range(LANES)]
+        assert np.mean([mine == theirs for mine, theirs in within]) < 0.4
 
 
 def test_small_lanes_meet_others_each_epoch() -> None:
@@ -283,7 +285,7 @@ def test_a_tiny_data_set_repeats_over_epochs(
         assert len({len(step.micro_batches) for step in part}) == 1
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
 
 
@@ -293,13 +295,13 @@ def test_an_exception_in_the_thread_reaches_the_consumer_and_no_step_is_passed_o
 
     def failing(rows: Rows, samples: Samples) -> Arrays:
         if next(calls) == 5 and broken:
-            raise Broken("row 7")
+            raise BrokenError("row 7")
         return collate(rows, samples)
 
     loader = make_loader(stored, collate=failing, micro_batch=16)
     assert len(list(itertools.islice(loader, 2))) == 2
     for _ in range(2):
-        with pytest.raises(Broken, match="row 7"):
+        with pytest.raises(BrokenError, match="row 7"):
             next(loader)
         assert loader.position == 2
     broken = False
@@ -330,7 +332,9 @@ def test_prefetch_is_bounded_and_in_one_other_thread(stored: str) -> None:
 
     loader = make_loader(stored, collate=watching, micro_batch=32, prefetch=3)
     next(loader)
-    time.sleep(0.3)
+    while len(threads) < 4:  # the step that was taken and three more
+        time.sleep(0.01)
+    time.sleep(0.2)
     assert len(threads) == 4
     assert set(threads) != {threading.get_ident()}
     assert len(set(threads)) == 1
@@ -362,7 +366,7 @@ def test_close_ends_the_thread_and_waits_no_longer_than_asked(stored: str) -> No
     next(loader)
     assert entered.wait(10)
     start = time.perf_counter()
-    with pytest.raises(TimeoutError, match="still at work 0.2 s after close"):
+    with pytest.raises(TimeoutError, match=r"still at work 0\.2 s after close"):
         loader.close(timeout_s=0.2)
     assert time.perf_counter() - start < 5
     release.set()
@@ -375,49 +379,5 @@ def test_impossible_sizes_are_refused_by_name(stored: str, wrong: dict[str, int]
 
 
 def test_more_ranks_than_lanes_are_refused(stored: str) -> None:
-    with pytest.raises(UserError, match="at most 64 workers.*got 65"):
+    with pytest.raises(UserError, match=r"at most 64 workers.*got 65"):
         make_loader(stored, world=65)
-    with pytest.raises(UserError, match="at most 64 workers.*got 65"):
-        next(evaluation_batches(Timelines.open(stored), PLAN, collate, 8, 0, 65))
-
-
-def evaluated(uri: str, world: int = 1, plan: CutPlan = PLAN, **changes: Any) -> list[list[tuple[int, int]]]:
-    """(hash, cut) of each rank, in order."""
-    found = []
-    for rank in range(world):
-        batches = list(evaluation_batches(Timelines.open(uri), plan, collate, 16, rank, world, **changes))
-        for rows, samples, arrays in batches:
-            assert 0 < len(samples) <= 16
-            assert set(samples.row.tolist()) == set(range(len(rows)))
-            assert arrays["hash"].tolist() == rows.user_hash[samples.row].tolist()
-        pairs = [(arrays["hash"].tolist(), arrays["cut"].tolist()) for _, _, arrays in batches]
-        found.append([pair for hashes, cuts in pairs for pair in zip(hashes, cuts, strict=True)])
-    return found
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_evaluation_takes_every_allowed_cut_once(stored: str, ranks: int) -> None:
-    rows = Timelines.open(stored).read(range(64))
-    every = PLAN.every(rows)
-    expected = list(zip(rows.user_hash[every.row].tolist(), every.cut.tolist(), strict=True))
-    found = evaluated(stored, ranks)
-    assert Counter(pair for rank in found for pair in rank) == Counter(expected)
-    if ranks == 1:
-        assert found[0] == expected
-
-
-def test_evaluation_of_some_users_is_exact_stable_and_nested(stored: str) -> None:
-    rows = Timelines.open(stored).read(range(64))
-    barred = CutPlan(from_day=157, until_day=159, every_days=1, min_history_days=0)
-    users = {}
-    for count in (20, 50):
-        chosen = evaluated(stored, plan=barred, max_users=count, seed=4)[0]
-        spread = evaluated(stored, world=3, plan=barred, max_users=count, seed=4)
-        assert sorted(pair for rank in spread for pair in rank) == sorted(chosen)
-        users[count] = {key for key, _ in chosen}
-        assert len(users[count]) == count
-    assert users[20] < users[50]
-    eligible = rows.user_hash[barred.ranges(rows)[1] > 0]
-    assert users[20] == set(eligible[np.argsort(mix(4, eligible))[:20]].tolist())
-    assert len({key for key, _ in evaluated(stored, plan=barred, max_users=10**6)[0]}) == len(eligible)
-    assert {key for key, _ in evaluated(stored, plan=barred, max_users=20, seed=5)[0]} != users[20]

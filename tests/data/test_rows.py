@@ -57,15 +57,9 @@ def test_concat_undoes_a_split(days: list[list[int]], data: st.DataObject) -> No
     halves = [rows.take(np.arange(place)), rows.take(np.arange(place, len(days)))]
     joined = Rows.concat(halves)
     assert plain(joined) == plain(rows)
-    assert (
-        joined.offsets.dtype == np.int64
-    )
-    assert (
-        joined.days.dtype == np.int32
-    )
-    assert (
-        joined.values.shape == rows.values.shape
-    )
+    assert joined.offsets.dtype == np.int64
+    assert joined.days.dtype == np.int32
+    assert joined.values.shape == rows.values.shape
 
 
 @given(histories, st.data())

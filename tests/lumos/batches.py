@@ -30,7 +30,9 @@ INPUTS = Inputs(
 TINY = LumosConfig(history_days=12, future_days=4, width=16, heads=2, encoder_layers=2, swiglu_width=24)
 
 
-def arrays(config: LumosConfig, inputs: Inputs = INPUTS, windows: int = 3, seed: int = 0, active: float = 0.3) -> Arrays:
+def arrays(
+    config: LumosConfig, inputs: Inputs = INPUTS, windows: int = 3, seed: int = 0, active: float = 0.3
+) -> Arrays:
     """A batch of `windows` random windows, as collate makes it; counted targets of every term where windows >= 3."""
     rng = np.random.default_rng(seed)
     days, cuts, ahead = config.history_days, config.cuts_per_window, inputs.days_ahead(config.future_days)
@@ -48,11 +50,15 @@ def arrays(config: LumosConfig, inputs: Inputs = INPUTS, windows: int = 3, seed:
     gate = rng.random(daily.shape[:3]) < 0.5
     gate[:, :, 0] = True
     for column, binary in enumerate(inputs.binary[: inputs.daily]):
-        daily[..., column] = gate if column == 0 else rng.random(gate.shape) < 0.5 if binary else gate * rng.integers(1, 300, gate.shape)
+        daily[..., column] = (
+            gate if column == 0 else rng.random(gate.shape) < 0.5 if binary else gate * rng.integers(1, 300, gate.shape)
+        )
     daily[-1, :, -1] = np.nan
     horizon = np.zeros((windows, cuts, len(inputs.horizons)), np.float32)
     for column, item in enumerate(inputs.horizons):
-        horizon[..., column] = rng.random((windows, cuts)) < 0.5 if item.over == "any" else rng.integers(1, 900, (windows, cuts))
+        horizon[..., column] = (
+            rng.random((windows, cuts)) < 0.5 if item.over == "any" else rng.integers(1, 900, (windows, cuts))
+        )
     valid = np.ones((windows, cuts), bool)
     numbers = rng.normal(30, 10, (windows, len(inputs.numbers))).astype(np.float32)
     if numbers.size:

@@ -13,7 +13,9 @@ from lum_ray.lumos.config import BehaviourInput, Inputs, LumosConfig
 from lum_ray.lumos.losses import Amounts, Objective
 from tests.lumos.batches import INPUTS, TINY, arrays, busy, tensors
 
-TWO = Inputs(behaviours=(BehaviourInput("active", "binary"), BehaviourInput("spend", "continuous", 0.5, 0)), event_width=1)
+TWO = Inputs(
+    behaviours=(BehaviourInput("active", "binary"), BehaviourInput("spend", "continuous", 0.5, 0)), event_width=1
+)
 
 
 def two(active: list[float], spend: list[float]) -> dict[str, torch.Tensor]:
@@ -26,7 +28,10 @@ def two(active: list[float], spend: list[float]) -> dict[str, torch.Tensor]:
 
 
 def given(active: list[float], spend: list[float]) -> dict[str, torch.Tensor]:
-    return {"daily_BCFVP": torch.tensor([active, spend]).T[None, None, ..., None], "horizon_BCHP": torch.zeros(1, 1, 0, 1)}
+    return {
+        "daily_BCFVP": torch.tensor([active, spend]).T[None, None, ..., None],
+        "horizon_BCHP": torch.zeros(1, 1, 0, 1),
+    }
 
 
 def test_it_is_equation_7_by_hand() -> None:
@@ -102,8 +107,15 @@ def test_starts_are_the_best_constants() -> None:
     np.testing.assert_allclose(1 / (1 + np.exp(-start[0])), active.mean(), rtol=1e-4)
     np.testing.assert_allclose(start[1], 0.5 * daily[..., 1][active > 0].mean(), rtol=1e-4)
     objective = Objective(LumosConfig(), replace(TWO, uncertainties=uncertainty))
-    outputs = {"daily_BCFVP": torch.tensor(start).expand(400, 1, 4, 2)[..., None], "horizon_BCHP": torch.zeros(400, 1, 0, 1)}
-    batch = {"daily_BCFV": torch.from_numpy(daily), "horizon_BCH": torch.zeros(400, 1, 0), "valid_BC": torch.ones(400, 1) > 0}
+    outputs = {
+        "daily_BCFVP": torch.tensor(start).expand(400, 1, 4, 2)[..., None],
+        "horizon_BCHP": torch.zeros(400, 1, 0, 1),
+    }
+    batch = {
+        "daily_BCFV": torch.from_numpy(daily),
+        "horizon_BCH": torch.zeros(400, 1, 0),
+        "valid_BC": torch.ones(400, 1) > 0,
+    }
     objective(outputs, batch)[0].sum().backward()
     assert objective.log_variance is not None
     assert objective.log_variance.grad is not None
@@ -146,7 +158,10 @@ def test_functionals_agree_with_a_large_sample() -> None:
 def test_reading_gives_a_whole_set_of_columns(config: LumosConfig) -> None:
     objective = Objective(config, INPUTS)
     torch.manual_seed(0)
-    outputs = {"daily_BCFVP": torch.randn(3, 1, 4, 5, objective.outputs), "horizon_BCHP": torch.randn(3, 1, 2, objective.outputs)}
+    outputs = {
+        "daily_BCFVP": torch.randn(3, 1, 4, 5, objective.outputs),
+        "horizon_BCHP": torch.randn(3, 1, 2, objective.outputs),
+    }
     days, over = objective.read(outputs)
     assert days["p"].shape == (3, 1, 4, 5)
     assert over["mean"].shape == (3, 1, 2)

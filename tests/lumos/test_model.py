@@ -182,7 +182,11 @@ def test_cuts_of_one_pass_equal_passes_of_one_cut(name: str) -> None:
     model, data = build(config), arrays(config)
     dense = model(tensors(data))
     for cut in range(config.cuts_per_window):
-        one = {**data, "visible_BC": data["visible_BC"][:, cut : cut + 1], "future_event_BCX": data["future_event_BCX"][:, cut : cut + 1]}
+        one = {
+            **data,
+            "visible_BC": data["visible_BC"][:, cut : cut + 1],
+            "future_event_BCX": data["future_event_BCX"][:, cut : cut + 1],
+        }
         # nothing after the cut may matter: blank it
         after = data["slot_A"] % config.history_days >= data["visible_BC"][0, cut]
         history = np.where(np.arange(config.history_days) < one["visible_BC"], data["history_event_BT"], 0)
@@ -214,7 +218,9 @@ def test_event_switches_blank_events_and_leave_the_rhythm() -> None:
         for part, moves in ((slice(9, None), False), (slice(0, 9), True)):
             rows = data["event_rows_ES"].copy()
             rows[np.unique(used), part] += 1
-            assert ((model(tensors({**data, "event_rows_ES": rows}))["daily_BCFVP"] - before).abs().max() > 1e-5) == moves
+            assert (
+                (model(tensors({**data, "event_rows_ES": rows}))["daily_BCFVP"] - before).abs().max() > 1e-5
+            ) == moves
 
 
 @torch.no_grad()
@@ -222,10 +228,14 @@ def test_missing_numbers_and_unknown_categories_have_vectors_of_their_own() -> N
     model, data = build(TINY), arrays(TINY)
     data["numbers_BN"][:] = 30.0  # the mean: standardised to 0, as a missing one is
     before = model(tensors(data))["daily_BCFVP"]
-    assert (model(tensors({**data, "numbers_BN": data["numbers_BN"] * np.nan}))["daily_BCFVP"] - before).abs().max() > 1e-4
+    assert (
+        model(tensors({**data, "numbers_BN": data["numbers_BN"] * np.nan}))["daily_BCFVP"] - before
+    ).abs().max() > 1e-4
     data["categories_BG"][:] = 1
     before = model(tensors(data))["daily_BCFVP"]
-    assert (model(tensors({**data, "categories_BG": data["categories_BG"] * 0}))["daily_BCFVP"] - before).abs().max() > 1e-4
+    assert (
+        model(tensors({**data, "categories_BG": data["categories_BG"] * 0}))["daily_BCFVP"] - before
+    ).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["paper", "dense"])

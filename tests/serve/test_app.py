@@ -20,7 +20,7 @@ from lum_ray import config, presets
 from lum_ray.artifacts import UserError
 from lum_ray.data.state import State
 from lum_ray.lumos.predictor import Predictor, Request
-from serve.app import build, lumos, run, until_signal
+from serve.app import _cause, build, lumos, run, until_signal
 from serve.client import Client, ServeError
 from serve.types import CalendarRow, User
 
@@ -109,12 +109,19 @@ def test_what_cannot_start_is_refused_at_once(trained: Trained) -> None:
 def test_a_damaged_checkpoint_does_not_serve(trained: Trained, tmp_path: Path) -> None:
     copy = tmp_path / "checkpoints" / Path(trained.checkpoint).name
     shutil.copytree(trained.checkpoint, copy)
-    (weights,) = copy.glob("best/*/model.safetensors")
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(UserError, match="model.safetensors"):
-        run(str(copy), trained.state, port=0, start_timeout_s=100)
+    for weights in copy.glob("*/*/model.safetensors"):
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        run(str(copy), trained.state, port=0)
+
+
+def test_the_cause_of_a_failed_replica_is_told_without_its_stack() -> None:
+    told = "no intact checkpoint:\nbest/model.safetensors: missing"
+    assert _cause(["", f"Replica failed:\n  File x.py, line 3\nlum_ray.artifacts.UserError: {told}"]) == told
+    assert _cause(["Traceback\n  File x.py\nValueError: no"]) == "ValueError: no"
+    assert "logs" in _cause([""])
 
 
 @pytest.mark.ray

@@ -6,11 +6,11 @@ import threading
 from typing import Any
 
 import pytest
-from fake_predictor import FakePredictor
 
 from lum_ray.lumos.predictor import Request
 from serve.batching import LumosModel, merged
 from serve.types import Reply
+from tests.serve.fake_predictor import FakePredictor
 
 
 def predict(model: LumosModel, *calls: list[dict[str, Any]]) -> list[Reply]:

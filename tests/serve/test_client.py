@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
-from fake_predictor import FakePredictor
 
 from serve.batching import Local, LumosModel
 from serve.client import Client, ServeError
 from serve.ingress import create_app
 from serve.types import CalendarRow, User
+from tests.serve.fake_predictor import FakePredictor
 
 
 @pytest.fixture(scope="module")

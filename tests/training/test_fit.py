@@ -61,10 +61,24 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.ray
 def test_more_workers_than_the_session_has_are_refused(session: None) -> None:
-    with pytest.raises(UserError, match=r"train.workers: 65 asked for, each with one CPU, but this Ray session has \d+"):
+    with pytest.raises(UserError, match=r"workers: 65 asked for, each with one CPU, but this Ray session has \d+"):
         fit(lambda worker: {}, workers=65)
     with pytest.raises(UserError, match=r"and one GPU, but this Ray session has \d+ CPUs and 0 GPUs; set"):
         fit(lambda worker: {}, workers=2, gpus=True)
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_an_error_of_one_of_two_workers_comes_as_it_is(session: None) -> None:
+    def loop(worker: Worker) -> dict[str, Any]:
+        from lum_ray.artifacts import UserError
+
+        if worker.rank == 1:
+            raise UserError("data.events: no rows in shard 7")
+        return {}
+
+    with pytest.raises(UserError, match=r"^data.events: no rows in shard 7$"):
+        fit(loop, workers=2, max_failures=0)
 
 
 @pytest.mark.ray
@@ -85,7 +99,7 @@ def test_two_workers_survive_a_crash(session: None, tmp_path: Path) -> None:
                         os._exit(1)
                     yield item
 
-        settings = Train(steps=9, checkpoint_every=3, validate_every=3, keep_best="eval/one", precision="fp32", zero_stage=2)
+        settings = Train(steps=9, checkpoint_every=3, validate_every=3, keep_best="eval/one", zero_stage=2)
         loader = Crashing(rank=worker.rank, world=worker.world, pause_s=0.2)
         result = train_loop(ToyStage(0.2), loader, lambda module: {"eval/one": 1.0}, settings, str(place), worker, 1)
         return {**result, "world": worker.world}

@@ -1,0 +1,65 @@
+"""The command: what goes to stdout, exit codes, messages without a trace."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.cli import shares
+from jobs.run_file import commented
+from lum_ray import catalog, presets
+from lum_ray.artifacts import UserError
+from lum_ray.config import Run
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(presets.PRESETS))
+def test_init_writes_a_file_that_is_the_preset(name: str) -> None:
+    text = commented(presets.PRESETS[name]())
+    assert text.count("# ") > 15
+    assert catalog.read_run(yaml.safe_load(text)) == presets.PRESETS[name]()
+
+
+def test_the_last_line_on_stdout_is_the_uri(tiny: Run, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(commented(tiny))
+    done = command("prepare", str(file))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == next(str(p) for p in (Path(tiny.root) / "timelines").iterdir())
+    assert "users: 200" in done.stderr
+    job = subprocess.run([sys.executable, "-m", "jobs.train", str(file)], capture_output=True, text=True, timeout=240)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.strip().startswith(f"{tiny.root}/checkpoints/lumos_tiny-")
+
+
+def test_errors_are_one_message_and_exit_code_one(tmp_path: Path) -> None:
+    done = command("train", str(tmp_path / "no.yaml"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "no such run file; write one with `lum-ray init" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = command("validate", "lumos_tiny", "--root", str(tmp_path), "--set", "lumos.widht=3")
+    assert done.returncode == 1
+    assert "lumos.widht: unknown key; did you mean `width`?" in done.stderr
+
+
+def test_wrong_usage_is_exit_code_two() -> None:
+    assert command("trian").returncode == 2
+
+
+def test_shares() -> None:
+    assert shares("treatment:0.5,control:0.5") == {"treatment": 0.5, "control": 0.5}
+    assert shares("") == {}
+    with pytest.raises(UserError, match="expected shares such as"):
+        shares("treatment=0.5")
