@@ -30,21 +30,46 @@ class Step:
     files: Mapping[str, Mapping[str, Any]]
 
 
-def load_weights(uri: str) -> dict[str, torch.Tensor]:
-    """The weights at `uri` (a run's checkpoint, or its `best` or `last`), fp32, on the CPU.
+@dataclass(frozen=True)
+class Weights:
+    """What one complete step holds: tensors by name (fp32, on the CPU) and its `loop.json`."""
 
-    Of a run the best are taken, else the last. Reads safetensors only. Raises UserError where there is no complete
-    checkpoint, or none whose digest matches.
+    tensors: dict[str, torch.Tensor]
+    loop: dict[str, Any]
+
+
+def load(uri: str) -> Weights:
+    """The weights at `uri` (a run's checkpoint, or its `best` or `last`), and the loop's record of the same step.
+
+    Of a run the best are taken, or the last where there is no best. A damaged step is passed over only for an older one
+    of the same kind: the last are no stand-in for the best. Reads safetensors only. Raises UserError where there is no
+    complete checkpoint, or none whose digests match.
     """
-    step, content = _newest(uri, MODEL)
-    return load_safetensors(content)
+    named = uri.rstrip("/").rsplit("/", 1)[-1] in KEEP
+    places = [uri] if named else [join(uri, "best"), join(uri, "last")]
+    complete = next((found for place in places if (found := steps(place))), [])
+    if not complete:
+        raise UserError(f"{uri}: expected a checkpoint (best/ or last/), found none; run `lum-ray train` first")
+    broken = list[str]()
+    for step in complete:
+        contents = {name: _checked(step, name, broken) for name in (MODEL, LOOP)}
+        model, loop = contents[MODEL], contents[LOOP]
+        if model is not None and loop is not None:
+            return Weights(load_safetensors(model), json.loads(loop))
+    raise UserError("no intact checkpoint:\n" + "\n".join(broken[:5]) + "\nrestore it, or train anew with --fresh")
 
 
-def load_loop(uri: str) -> dict[str, Any]:
-    """`loop.json` of the checkpoint at `uri` (see `load_weights`)."""
-    step, content = _newest(uri, LOOP)
-    result: dict[str, Any] = json.loads(content)
-    return result
+def _checked(step: Step, name: str, broken: list[str]) -> bytes | None:
+    """The file's bytes if its digest is the manifest's; else None, and what is wrong is added to `broken`."""
+    try:
+        content = read_bytes(join(step.uri, name))
+    except FileNotFoundError:
+        broken.append(f"{join(step.uri, name)}: missing")
+        return None
+    if hashlib.sha256(content).hexdigest() != step.files[name]["sha256"]:
+        broken.append(f"{join(step.uri, name)}: {len(content)} bytes, other than its digest says")
+        return None
+    return content
 
 
 def steps(uri: str) -> list[Step]:
@@ -56,20 +81,3 @@ def steps(uri: str) -> list[Step]:
     except json.JSONDecodeError as error:
         raise UserError(f"{join(uri, MANIFEST)}: not JSON ({error}); restore it, or train anew with --fresh") from None
     return [Step(join(uri, entry["folder"]), entry["step"], entry["files"]) for entry in manifest["steps"]]
-
-
-def _newest(uri: str, name: str) -> tuple[Step, bytes]:
-    places = [uri] if uri.rstrip("/").rsplit("/", 1)[-1] in KEEP else [join(uri, "best"), join(uri, "last")]
-    broken = []
-    for step in (step for place in places for step in steps(place)):
-        try:
-            content = read_bytes(join(step.uri, name))
-        except FileNotFoundError:
-            broken.append(f"{join(step.uri, name)}: missing")
-            continue
-        if hashlib.sha256(content).hexdigest() == step.files[name]["sha256"]:
-            return step, content
-        broken.append(f"{join(step.uri, name)}: {len(content)} bytes, other than its digest says")
-    if broken:
-        raise UserError("no intact checkpoint:\n" + "\n".join(broken[:5]) + "\ntrain anew with --fresh")
-    raise UserError(f"{uri}: expected a checkpoint (best/ or last/), found none; run `lum-ray train` first")

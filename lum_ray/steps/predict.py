@@ -25,7 +25,7 @@ from lum_ray.stage import Arrays, to_device
 from lum_ray.steps.prepare import Log, Prepared, prepare, silent
 from lum_ray.steps.session import start_ray
 from lum_ray.steps.train import make_stage, train
-from lum_ray.weights import load_weights
+from lum_ray import weights
 
 BATCH = 512
 
@@ -119,7 +119,7 @@ class _Work:
 def trained_stage(run: Run, prepared: Prepared, checkpoint: str, until_day: int) -> LumosStage:
     """The run's stage with the best weights of `checkpoint`, on the device that there is."""
     stage = make_stage(run, prepared, until_day)
-    stage.module.load_state_dict(load_weights(checkpoint))
+    stage.module.load_state_dict(weights.load(checkpoint).tensors)
     stage.module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return stage
 

@@ -7,7 +7,6 @@ own checkpoint is the truth: a restarted group enters the same loop, which goes 
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,17 +21,6 @@ from lum_ray.artifacts import UserError, storage
 from lum_ray.training.loop import DivergedError, Worker
 
 MakeLoop = Callable[[Worker], dict[str, Any]]
-
-
-class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """TorchTrainer without the guard that removes the placement group of a dead controller.
-
-    That guard takes 12 s to stop at the end of each run. Ray removes the group anyway once the driver's job ends.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = super()._create_default_callbacks()
-        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
 
 def fit(
@@ -53,7 +41,6 @@ def fit(
     _check(workers, gpus)
     if workers == 1:
         return _alone(make_loop, gpus)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
     def loop_per_worker() -> dict[str, Any]:
         _quiet()
@@ -67,7 +54,7 @@ def fit(
             return {"user_error": str(error)}
 
     place = storage(storage_path) if storage_path else None
-    trainer = _Trainer(
+    trainer = TorchTrainer(
         loop_per_worker,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def raw(tiny: Run) -> dict[str, dict[str, Any]]:
     }
 
 
+def without_state(predictor: Predictor) -> Predictor:
+    reader = replace(predictor.requests, history_of=None)
+    return Predictor(predictor.stage, reader, predictor.info, predictor.nearness, predictor.device)
+
+
 def same(one: Answer, other: Answer, tolerance: float = 0.0) -> None:
     left, right = list(numbers(one.as_dict())), list(numbers(other.as_dict()))
     assert len(left) > 20
@@ -70,12 +76,12 @@ def numbers(value: Any) -> Iterator[float]:
 def test_inline_events_give_the_same_bytes_as_prepare(tiny: Run, predictor: Predictor, raw: dict[str, Any]) -> None:
     timelines = Timelines.open(prepare(tiny).timelines.uri)
     for user, body in raw.items():
-        stored = predictor.history_of([user])[user]  # type: ignore[misc]
+        stored = predictor.requests.history_of([user])[user]  # type: ignore[misc]
         bucket = int(stored.user_hash[0]) % (1 << 6)
         prepared = timelines.read([bucket])
         prepared = prepared.take(np.flatnonzero(prepared.user == user))
-        bare = Predictor(predictor.stage, predictor.run, predictor.info, predictor.nearness, None, predictor.device)
-        inline, samples = bare.rows([Request(user, CUT, events=body["events"], profile=body["profile"])])
+        bare = without_state(predictor)
+        inline, samples = bare.requests.rows([Request(user, CUT, events=body["events"], profile=body["profile"])])
         expected = bare.stage.collate(prepared, Samples(np.array([0]), samples.cut, samples.draw))
         for source in (inline, stored):
             arrays = bare.stage.collate(source, samples)
@@ -88,7 +94,7 @@ def test_inline_events_give_the_same_bytes_as_prepare(tiny: Run, predictor: Pred
 
 
 def test_an_answer_does_not_depend_on_the_batch(predictor: Predictor) -> None:
-    users = predictor.history_of.__self__.users()[:5]  # type: ignore[union-attr]
+    users = predictor.requests.history_of.__self__.users()[:5]  # type: ignore[union-attr]
     together = predictor.predict([Request(user) for user in users])
     for user, answer in zip(users, together, strict=True):
         same(answer, predictor.predict([Request(user)])[0], 1e-5)
@@ -96,7 +102,7 @@ def test_an_answer_does_not_depend_on_the_batch(predictor: Predictor) -> None:
 
 
 def test_days_behaviours_and_intervals(tiny: Run, predictor: Predictor) -> None:
-    user = predictor.history_of.__self__.users()[0]  # type: ignore[union-attr]
+    user = predictor.requests.history_of.__self__.users()[0]  # type: ignore[union-attr]
     answer = predictor.predict([Request(user)])[0]
     assert [day["day"] for day in answer.days] == [f"2025-01-{d:02d}" for d in range(1, 8)]
     assert answer.cut_day == "2025-01-01"
@@ -110,17 +116,17 @@ def test_days_behaviours_and_intervals(tiny: Run, predictor: Predictor) -> None:
 
 
 def test_newer_inline_events_join_what_is_stored(predictor: Predictor) -> None:
-    user = predictor.history_of.__self__.users()[0]  # type: ignore[union-attr]
+    user = predictor.requests.history_of.__self__.users()[0]  # type: ignore[union-attr]
     event = {"time": "2025-01-02T10:00:00+00:00", "kind": "purchase", "amount": 12.5}
-    rows, samples = predictor.rows([Request(user, "2025-01-04", events=[event])])
-    before, _ = predictor.rows([Request(user)])
+    rows, samples = predictor.requests.rows([Request(user, "2025-01-04", events=[event])])
+    before, _ = predictor.requests.rows([Request(user)])
     assert len(rows.days) == len(before.days) + 1
     assert rows.values[-1].tolist() == [1, 1, 0, 1250, 1, 1]
     assert samples.cut.tolist() == [20092]
 
 
 def test_what_if_moves_the_changed_day_and_no_other(predictor: Predictor) -> None:
-    user = predictor.history_of.__self__.users()[0]  # type: ignore[union-attr]
+    user = predictor.requests.history_of.__self__.users()[0]  # type: ignore[union-attr]
     day = predictor.predict([Request(user)])[0].days[2]["day"]
     row = {"event_type": "festival", "start_day": day}
     found = predictor.what_if([Request(user, calendar=[])], [[row], [], [{**row, "value": 1000.0}]])[0]
@@ -154,6 +160,11 @@ def test_what_if_moves_the_changed_day_and_no_other(predictor: Predictor) -> Non
             Request("x", CUT, events=[{"time": "2024-11-01", "kind": "a", "amount": float("nan")}]),
             r"users\[0\]\.events\[0\]: `amount` is nan",
         ),
+        (
+            Request("x", CUT, events=[{"time": "2024-11-01", "kind": 3, "amount": 1.0}]),
+            r"users\[0\]\.events\[0\]\.kind: expected a value of type string, got 3",
+        ),
+        (Request("x", CUT, events=[{"time": 2**40, "kind": "a", "amount": 1.0}]), r"events\[0\]\.time: expected a day number"),
         (Request("x", CUT, events=[], profile={"contry": "DE"}), r"users\[0\]\.profile\.contry: unknown; known are"),
         (
             Request("x", CUT, events=[], calendar=[{"event_type": "sale", "start_day": CUT}]),
@@ -178,7 +189,7 @@ def test_a_user_without_events_is_answered(predictor: Predictor) -> None:
 def test_events_before_the_first_day_of_the_window_change_nothing(predictor: Predictor, raw: dict[str, Any]) -> None:
     user, body = next(iter(raw.items()))
     old = {"time": "2022-01-02T10:00:00+00:00", "kind": "purchase", "amount": 99.0}
-    bare = Predictor(predictor.stage, predictor.run, predictor.info, predictor.nearness, None, predictor.device)
+    bare = without_state(predictor)
     one = bare.predict([Request(user, CUT, events=[*body["events"], old], profile=body["profile"])])[0]
     same(one, bare.predict([Request(user, CUT, events=body["events"], profile=body["profile"])])[0])
 
@@ -193,7 +204,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny: Run, tmp_path: Path) -
     shutil.copytree(source, copy)
     shutil.copytree(Path(tiny.root) / "calendar", tmp_path / "root" / "calendar")
     assert Predictor.load(str(copy)).info["step"] > 0
-    for weights in copy.glob("*/*/model.safetensors"):
+    for weights in copy.glob("best/*/model.safetensors"):
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)

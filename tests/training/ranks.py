@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Train
-from lum_ray.training.checkpoint import load_weights
 from lum_ray.training.engine import Engine, EngineSettings, broadcast, gather_columns
 from lum_ray.training.loop import Worker, train_loop
 from lum_ray.training.telemetry import read_metrics
+from lum_ray.weights import load
 from tests.training.toy import ToyLoader, ToyStage, split, windows
 
 WORLD = 2
@@ -58,7 +58,7 @@ def resume(rank: int, folder: str, zero_stage: int) -> dict[str, Any]:
             except ConnectionError:
                 dist.barrier()
         if rank == 0:
-            lines.append((read_metrics(place), load_weights(place)))
+            lines.append((read_metrics(place), load(place).tensors))
     return {"runs": lines}
 
 

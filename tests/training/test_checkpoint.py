@@ -11,7 +11,8 @@ import torch
 
 from lum_ray.artifacts import UserError
 from lum_ray.training import checkpoint
-from lum_ray.training.checkpoint import Writer, load_loop, load_weights, resume, steps
+from lum_ray.training.checkpoint import Writer, resume
+from lum_ray.weights import load, steps
 
 
 def save(place: Path, *which: int, best: bool = False, rank: int = 0, world: int = 1) -> None:
@@ -44,11 +45,11 @@ def test_two_last_steps_and_one_best_are_kept(tmp_path: Path) -> None:
 def test_weights_are_those_of_the_best_else_of_the_last(tmp_path: Path) -> None:
     save(tmp_path, 5, best=True)
     save(tmp_path, 10)
-    assert load_weights(str(tmp_path))["w"].tolist() == [5, 5, 5]
-    assert load_weights(str(tmp_path / "last"))["w"].tolist() == [10, 10, 10]
+    assert load(str(tmp_path)).tensors["w"].tolist() == [5, 5, 5]
+    assert load(str(tmp_path / "last")).tensors["w"].tolist() == [10, 10, 10]
     shutil.rmtree(tmp_path / "best")
-    assert load_weights(str(tmp_path))["w"].tolist() == [10, 10, 10]
-    assert load_loop(str(tmp_path)) == {"step": 10}
+    assert load(str(tmp_path)).tensors["w"].tolist() == [10, 10, 10]
+    assert load(str(tmp_path)).loop == {"step": 10}
 
 
 def test_loading_weights_reads_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_loading_weights_reads_no_pickle(tmp_path: Path, monkeypatch: pytest.Mon
     for path in tmp_path.rglob("*.pt"):
         path.unlink()
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was read"))
-    assert load_weights(str(tmp_path))["w"].tolist() == [5, 5, 5]
+    assert load(str(tmp_path)).tensors["w"].tolist() == [5, 5, 5]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "engine/state-0.pt", "loop.json"])
@@ -77,7 +78,7 @@ def test_a_damaged_step_is_passed_over(tmp_path: Path, name: str, damage: str) -
     assert name in resumed.notes[0]
     assert "step 10" in resumed.notes[0]
     if name == "model.safetensors":
-        assert load_weights(str(tmp_path / "last"))["w"].tolist() == [5, 5, 5]
+        assert load(str(tmp_path / "last")).tensors["w"].tolist() == [5, 5, 5]
 
 
 def test_with_no_intact_step_it_says_so(tmp_path: Path) -> None:
@@ -87,14 +88,14 @@ def test_with_no_intact_step_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no intact checkpoint to resume from:\ncheckpoint of step 10.*\n.*step 5"):
         resume(str(tmp_path))
     with pytest.raises(UserError, match="no intact checkpoint"):
-        load_weights(str(tmp_path))
+        load(str(tmp_path))
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     assert resume(str(tmp_path)) is None
     assert steps(str(tmp_path / "last")) == []
     with pytest.raises(UserError, match="found none; run `lum-ray train` first"):
-        load_weights(str(tmp_path))
+        load(str(tmp_path))
 
 
 def test_files_without_a_manifest_are_no_checkpoint_and_are_removed_later(tmp_path: Path) -> None:

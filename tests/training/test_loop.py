@@ -19,9 +19,9 @@ import torch
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Train
-from lum_ray.training.checkpoint import load_loop, load_weights, steps
 from lum_ray.training.loop import DivergedError, Worker, lower_is_better, train_loop
 from lum_ray.training.telemetry import is_wall_clock, read_metrics
+from lum_ray.weights import load, steps
 from tests.training import command
 from tests.training.toy import ToyLoader, ToyStage, ToyStep
 
@@ -81,8 +81,8 @@ def test_killed_at_a_random_step_it_follows_the_uninterrupted_run(tmp_path: Path
     subprocess.run([*arguments, "0"], check=True, timeout=120, cwd=ROOT)
     assert curve(place) == curve(tmp_path / "whole"), f"killed after step {kill_after}"
     assert len(curve(place)) == 30
-    expected = load_weights(str(tmp_path / "whole" / "last"))
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_weights(str(place / "last")).items())
+    expected = load(str(tmp_path / "whole" / "last")).tensors
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load(str(place / "last")).tensors.items())
 
 
 def test_metrics_of_a_run(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_metrics_of_a_run(tmp_path: Path) -> None:
         "resumed_from": 0,
     }
     assert [report["step"] for report in reports] == [4, 8, 12]
-    assert load_loop(str(tmp_path / "best"))["step"] == 8
-    assert load_loop(str(tmp_path / "last"))["step"] == 12
+    assert load(str(tmp_path / "best")).loop["step"] == 8
+    assert load(str(tmp_path / "last")).loop["step"] == 12
     assert list((tmp_path / "tensorboard").iterdir())
     assert not (tmp_path / ".writing").exists()
 
@@ -130,8 +130,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_without_a_validation_the_best_are_the_last(tmp_path: Path) -> None:
     train_loop(ToyStage(), ToyLoader(), None, SETTINGS, str(tmp_path))
-    last = load_weights(str(tmp_path / "last"))
-    assert all(torch.equal(tensor, last[name]) for name, tensor in load_weights(str(tmp_path)).items())
+    last = load(str(tmp_path / "last")).tensors
+    assert all(torch.equal(tensor, last[name]) for name, tensor in load(str(tmp_path)).tensors.items())
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     assert result["stopped_early"]
     assert result["step"] == 10
     assert (result["best_step"], result["best_value"]) == (4, 0.5)
-    assert load_loop(str(tmp_path / "best"))["step"] == 4
+    assert load(str(tmp_path / "best")).loop["step"] == 4
     assert train_loop(ToyStage(), ToyLoader(), scores, settings, str(tmp_path))["resumed_from"] == 10
 
 
@@ -161,7 +161,7 @@ def test_a_stop_signal_saves_the_step(tmp_path: Path, number: int, error: type[B
     with pytest.raises(error):
         train_loop(ToyStage(0.2), SignalledLoader(number=number), None, SETTINGS, str(tmp_path / "cut"), log_every=3)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert load_loop(str(tmp_path / "cut" / "last"))["step"] == 4
+    assert load(str(tmp_path / "cut" / "last")).loop["step"] == 4
     result = train_loop(ToyStage(0.2), ToyLoader(), None, SETTINGS, str(tmp_path / "cut"), log_every=3)
     assert result["resumed_from"] == 4
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
@@ -171,8 +171,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     settings = replace(SETTINGS, checkpoint_every=2)
     with pytest.raises(DivergedError, match=r"step 6: the loss is nan.*not finite: logistic.*first users: user-5-0"):
         train_loop(ToyStage(nan_at=5), ToyLoader(), None, settings, str(tmp_path))
-    assert load_loop(str(tmp_path / "last"))["step"] == 4
-    assert all(torch.isfinite(tensor).all() for tensor in load_weights(str(tmp_path / "last")).values())
+    assert load(str(tmp_path / "last")).loop["step"] == 4
+    assert all(torch.isfinite(tensor).all() for tensor in load(str(tmp_path / "last")).tensors.values())
 
 
 def test_a_term_without_counts_is_not_logged(tmp_path: Path) -> None:

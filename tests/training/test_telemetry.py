@@ -12,9 +12,9 @@ from pyarrow import fs
 from lum_ray import artifacts
 from lum_ray.artifacts import Storage
 from lum_ray.training import checkpoint, telemetry
-from lum_ray.training.checkpoint import load_weights, steps
 from lum_ray.training.loop import train_loop
 from lum_ray.training.telemetry import ProgressLine, Telemetry, is_wall_clock, read_metrics
+from lum_ray.weights import load, steps
 from tests.training import command
 from tests.training.toy import ToyLoader, ToyStage
 
@@ -68,7 +68,7 @@ def test_a_run_on_an_object_store_resumes(store: str, tmp_path: Path, capfd: pyt
         assert {k: v for k, v in stored.items() if not is_wall_clock(k)} == {
             k: v for k, v in local.items() if not is_wall_clock(k)
         }
-    assert load_weights(store)["first.weight"].equal(load_weights(str(tmp_path))["first.weight"])
+    assert load(store).tensors["first.weight"].equal(load(str(tmp_path)).tensors["first.weight"])
 
 
 def test_wall_clock_fields() -> None:
