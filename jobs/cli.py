@@ -120,7 +120,9 @@ def evaluate(
     root: Root = None,
     set_: Set = None,
     max_users: Annotated[int | None, typer.Option(help="a stable sample of the test users")] = None,
-    by_cohort: Annotated[str | None, typer.Option(metavar="URI", help="compare the cohorts of these predictions")] = None,
+    by_cohort: Annotated[
+        str | None, typer.Option(metavar="URI", help="compare the cohorts of these predictions")
+    ] = None,
 ) -> None:
     """Score the model beside the baselines on the test cuts and write the report; or compare cohorts."""
     from lum_ray.steps import evaluate as step
@@ -141,7 +143,9 @@ def predict(
     run: RunFile,
     root: Root = None,
     set_: Set = None,
-    cut: Annotated[str | None, typer.Option(help="first predicted day: a date or a day number; default: after the data")] = None,
+    cut: Annotated[
+        str | None, typer.Option(help="first predicted day: a date or a day number; default: after the data")
+    ] = None,
     cohorts: Annotated[str, typer.Option(help="shares such as treatment:0.5,control:0.5")] = "",
     salt: Annotated[str, typer.Option(help="another salt is another assignment")] = "lum_ray",
 ) -> None:
@@ -160,7 +164,9 @@ def shares(text: str) -> dict[str, float]:
         try:
             result[name.strip()] = float(value)
         except ValueError:
-            raise UserError(f"--cohorts {text}: expected shares such as treatment:0.5,control:0.5, got {part!r}") from None
+            raise UserError(
+                f"--cohorts {text}: expected shares such as treatment:0.5,control:0.5, got {part!r}"
+            ) from None
     return result
 
 

@@ -14,7 +14,7 @@ from lum_ray.config import Run
 
 
 def run_demo(run: Run, say: Callable[[str], None]) -> None:
-    """Prepare, train, evaluate and serve `run`, print the metrics, the report's path and the answers of two requests."""
+    """Prepare, train, evaluate and serve `run`; print the metrics, the report's path and two answered requests."""
     from jobs.cli import done, print_metrics
     from lum_ray.data.state import State
     from lum_ray.steps import evaluate, prepare, publish, train
@@ -84,5 +84,6 @@ def _difference(answer: dict[str, Any], day: int) -> dict[str, Any]:
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: {key: round(value, 3) for key, value in item.items() if value is not None} for name, item in values.items()
+        name: {key: round(value, 3) for key, value in item.items() if value is not None}
+        for name, item in values.items()
     }

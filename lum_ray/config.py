@@ -150,13 +150,17 @@ class Data:
     engine: Literal["auto", "local", "ray"] = "auto"
 
     def __post_init__(self) -> None:
-        names = [item.name for item in (*self.behaviours, *self.derived, *self.horizons)]
+        everything: tuple[Behaviour | Derived | Horizon, ...] = (*self.behaviours, *self.derived, *self.horizons)
+        names = [item.name for item in everything]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"behaviours: names must be distinct, these come twice: {', '.join(twice[:5])}")
         kinds = {item.name: item.kind for item in self.behaviours}
         if "binary" not in kinds.values():
-            raise ValueError("behaviours: expected at least one binary behaviour, such as {name: active, kind: binary, aggregate: count()}")
+            raise ValueError(
+                "behaviours: expected at least one binary behaviour, such as "
+                "{name: active, kind: binary, aggregate: count()}"
+            )
         for item in self.behaviours:
             if item.gate and kinds.get(item.gate) != "binary":
                 raise ValueError(f"behaviours: the gate of {item.name} must be a binary behaviour, got {item.gate!r}")
@@ -166,12 +170,14 @@ class Data:
         for horizon in self.horizons:
             kind = kinds.get(horizon.behaviour)
             if kind is None or (kind == "binary") != (horizon.over == "any"):
-                raise ValueError(f"horizons: {horizon.name}: use `any` over a binary behaviour, `sum` over numbers (it is {kind})")
+                raise ValueError(
+                    f"horizons: {horizon.name}: use `any` over a binary behaviour, `sum` over numbers (it is {kind})"
+                )
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Cuts from `from_day` to `until_day` (inclusive) every `every_days`, of the users of `segments` and of a hash share."""
+    """Cuts from `from_day` to `until_day` (inclusive) every `every_days`, of users by segment and by hash."""
 
     __pydantic_config__: ClassVar = STRICT
     from_day: Day | None = None
@@ -207,12 +213,14 @@ class Split:
         if self.validate_from is None:
             apart = [
                 (set(self.train.segments).isdisjoint(part.segments) and part.segments and self.train.segments)
-                or part.segments or part.users != (0.0, 1.0)
+                or part.segments
+                or part.users != (0.0, 1.0)
                 for part in (self.validate, self.test)
             ]
             if not all(apart):
                 raise ValueError(
-                    "validate_from: missing; without it, `validate` and `test` must be made of segments or users of their own"
+                    "validate_from: missing; without it, `validate` and `test` must be made of segments or users "
+                    "of their own"
                 )
 
 
@@ -284,7 +292,16 @@ class Run:
     seed: int = 0
 
 
-_PLAIN_FIELDS = {"data": Data, "split": Split, "train": Train, "tune": Tune, "serve": Serve, "name": str, "root": str, "seed": int}
+_PLAIN_FIELDS: dict[str, type[Any]] = {
+    "data": Data,
+    "split": Split,
+    "train": Train,
+    "tune": Tune,
+    "serve": Serve,
+    "name": str,
+    "root": str,
+    "seed": int,
+}
 
 
 def read(kind: type[T], raw: Any, path: str) -> T:
@@ -310,7 +327,9 @@ def _iso(value: Any) -> str:
 
 
 def _explain(kind: type, item: Mapping[str, Any], path: str) -> str:
-    place = ".".join([path, *(str(part) for part in item["loc"] if part not in ("int", "str", "constrained-str"))]).strip(".")
+    place = ".".join(
+        [path, *(str(part) for part in item["loc"] if part not in ("int", "str", "constrained-str"))]
+    ).strip(".")
     if item["type"] == "unexpected_keyword_argument":
         owner: Any = kind
         for part in item["loc"][:-1]:
@@ -379,17 +398,21 @@ def read_run(raw: Any, sections: Mapping[str, type]) -> Run:
     for key in raw:
         if key not in allowed:
             close = difflib.get_close_matches(str(key), allowed, n=1)
-            raise UserError(f"{key}: unknown key" + (f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(allowed)}"))
+            raise UserError(
+                f"{key}: unknown key" + (f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(allowed)}")
+            )
     models = [name for name in sections if name in raw]
     if len(models) != 1:
-        raise UserError(f"expected exactly one model section of {', '.join(sections)}, got {', '.join(models) or 'none'}")
+        raise UserError(
+            f"expected exactly one model section of {', '.join(sections)}, got {', '.join(models) or 'none'}"
+        )
     for key in ("name", "data", "split"):
         if key not in raw:
             raise UserError(f"{key}: missing; `lum-ray init lumos_demo` writes a complete run file to start from")
     if not isinstance(raw["name"], str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", raw["name"]):
         raise UserError(f"name: expected letters, digits, '_', '.' or '-', got {raw['name']!r}")
-    parts = {key: read(kind, raw[key], key) for key, kind in _PLAIN_FIELDS.items() if key in raw}
-    section = read(sections[models[0]], raw[models[0]] or {}, models[0])
+    parts: dict[str, Any] = {key: read(kind, raw[key], key) for key, kind in _PLAIN_FIELDS.items() if key in raw}
+    section: Any = read(sections[models[0]], raw[models[0]] or {}, models[0])
     return Run(model=models[0], section=section, **parts)
 
 

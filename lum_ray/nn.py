@@ -79,9 +79,7 @@ def weigh(q_BMQK: Tensor, k_BMTK: Tensor, bias: Tensor | None, causal: bool) -> 
     return scores.float().softmax(-1).to(q_BMQK.dtype)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout: float, plain: bool
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout: float, plain: bool) -> Tensor:
     """softmax(q k^T / sqrt(K) + bias) v, all (B, M, ., K)."""
     if plain:
         return F.dropout(weigh(q, k, bias, causal), dropout, dropout > 0) @ v

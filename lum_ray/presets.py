@@ -47,10 +47,22 @@ def lumos_demo() -> Run:
             source=Source("complete_journey"),
             behaviours=GROCERY,
             derived=(Derived("churned", "no active in the next 28 days"),),
-            horizons=(Horizon("active", "any", 7), Horizon("coupon_used", "any", 7), Horizon("private_label", "any", 7), Horizon("spend", "sum", 7), Horizon("lines", "sum", 7)),
+            horizons=(
+                Horizon("active", "any", 7),
+                Horizon("coupon_used", "any", 7),
+                Horizon("private_label", "any", 7),
+                Horizon("spend", "sum", 7),
+                Horizon("lines", "sum", 7),
+            ),
             profiles=Profiles(
                 categories=(
-                    "age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count",
+                    "age",
+                    "income",
+                    "home_ownership",
+                    "marital_status",
+                    "household_size",
+                    "household_comp",
+                    "kids_count",
                 )
             ),
             calendar=Calendar(holidays="US"),
@@ -83,8 +95,15 @@ def lumos_demo() -> Run:
             continuous="lognormal",
         ),
         train=Train(
-            steps=400, batch=32, micro_batch=32, learning_rate=3e-3, warmup_share=0.05, ema=0.99, validate_every=100,
-            validate_users=600, checkpoint_every=100,
+            steps=400,
+            batch=32,
+            micro_batch=32,
+            learning_rate=3e-3,
+            warmup_share=0.05,
+            ema=0.99,
+            validate_every=100,
+            validate_users=600,
+            checkpoint_every=100,
         ),
     )
 
@@ -111,7 +130,15 @@ def lumos_oulad() -> Run:
                 ends="ends",
                 segment="course",
                 numbers=("num_of_prev_attempts", "studied_credits"),
-                categories=("gender", "region", "highest_education", "imd_band", "age_band", "disability", "code_module"),
+                categories=(
+                    "gender",
+                    "region",
+                    "highest_education",
+                    "imd_band",
+                    "age_band",
+                    "disability",
+                    "code_module",
+                ),
                 splits=("presentation",),
             ),
             calendar=Calendar(),
@@ -166,7 +193,13 @@ def lumos_tiny() -> Run:
         name="lumos_tiny",
         data=dataclasses.replace(run.data, source=Source("simulator", options={"users": 200, "shards": 2, "seed": 7})),
         section=LumosConfig(
-            history_days=28, future_days=7, width=16, heads=2, encoder_layers=1, swiglu_width=16, embed_width=8,
+            history_days=28,
+            future_days=7,
+            width=16,
+            heads=2,
+            encoder_layers=1,
+            swiglu_width=16,
+            embed_width=8,
             continuous="lognormal",
         ),
         train=Train(steps=8, batch=32, micro_batch=32, validate_every=4, checkpoint_every=4, learning_rate=1e-3),
@@ -205,8 +238,16 @@ def lumos_paper() -> Run:
             test=Subset(from_day="2024-11-05", every_days=7),
         ),
         section=LumosConfig(),
-        train=Train(steps=100_000, batch=4096, micro_batch=512, workers=8, learning_rate=3e-4, zero_stage=1,
-                    validate_every=2000, checkpoint_every=1000),
+        train=Train(
+            steps=100_000,
+            batch=4096,
+            micro_batch=512,
+            workers=8,
+            learning_rate=3e-4,
+            zero_stage=1,
+            validate_every=2000,
+            checkpoint_every=1000,
+        ),
     )
 
 

@@ -26,9 +26,15 @@ class Stage(Protocol):
     denominators before the first forward pass.
     """
 
-    module: torch.nn.Module
-    terms: tuple[str, ...]
-    """Names of the K terms, for the log."""
+    @property
+    def module(self) -> torch.nn.Module:
+        """What is trained."""
+        ...
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the K terms, for the log."""
+        ...
 
     def collate(self, rows: Rows, samples: Samples) -> Arrays:
         """Arrays of a micro-batch, in the loader's thread; `samples` may be empty (then counts_K is all 0)."""

@@ -32,7 +32,10 @@ def test_a_preset_survives_its_own_file(name: str) -> None:
         ("lumos.width=17", r"lumos: width: expected a multiple of heads"),
         ("train.batch=0", r"train: batch: expected at least 1, got 0"),
         ("train.workers=65", r"train: workers: the loader has 64 lanes"),
-        ("data.behaviours.0.kind=binry", r"data\.behaviours\.0\.kind: .*'binary', 'continuous' or 'count', got 'binry'"),
+        (
+            "data.behaviours.0.kind=binry",
+            r"data\.behaviours\.0\.kind: .*'binary', 'continuous' or 'count', got 'binry'",
+        ),
         ("data.behaviours.0.resolution=-1", r"data\.behaviours\.0: resolution: expected a positive number"),
         ("data.behaviours.1.name=active", r"data: behaviours: names must be distinct, these come twice: active"),
         ("data.horizons.0.over=sum", r"horizons: active_sum_7: use `any` over a binary behaviour"),
@@ -75,7 +78,7 @@ def test_load_names_a_missing_and_a_broken_file(tmp_path: Path) -> None:
         catalog.load_run(str(tmp_path / "no.yaml"))
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1,\nb: 2")
-    with pytest.raises(UserError, match="not YAML: .*line"):
+    with pytest.raises(UserError, match=r"not YAML: .*line"):
         catalog.load_run(str(broken))
 
 

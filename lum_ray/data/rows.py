@@ -110,8 +110,11 @@ def mix(*parts: npt.ArrayLike) -> UInt64:
     with np.errstate(over="ignore"):
         state = np.zeros((), np.uint64)
         for part in parts:
-            state = (state ^ np.asarray(part).astype(np.int64, copy=False).view(np.uint64) if np.asarray(part).dtype != np.uint64
-                     else state ^ np.asarray(part))
+            state = (
+                state ^ np.asarray(part).astype(np.int64, copy=False).view(np.uint64)
+                if np.asarray(part).dtype != np.uint64
+                else state ^ np.asarray(part)
+            )
             state = state + np.uint64(0x9E3779B97F4A7C15)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

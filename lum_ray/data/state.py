@@ -45,7 +45,14 @@ def write_state(uri: str, buckets: Iterable[tuple[int, Rows]], log2_buckets: int
             write_bytes(join(uri, FILE), file.read())
     return commit(
         uri,
-        {"kind": "state", "log2_buckets": log2_buckets, "end_day": end_day, "users": users, "buckets": index, "file": FILE},
+        {
+            "kind": "state",
+            "log2_buckets": log2_buckets,
+            "end_day": end_day,
+            "users": users,
+            "buckets": index,
+            "file": FILE,
+        },
     )
 
 
@@ -113,7 +120,9 @@ class State:
             with open(path, "wb") as stream:
                 stream.write(read_bytes(join(uri, str(artifact.manifest["file"]))))
         reader = pa.ipc.open_file(pa.memory_map(path))
-        index = {int(bucket): int(place) for bucket, place in json.loads(json.dumps(artifact.manifest["buckets"])).items()}
+        index = {
+            int(bucket): int(place) for bucket, place in json.loads(json.dumps(artifact.manifest["buckets"])).items()
+        }
         return State(uri, int(artifact.manifest["end_day"]), int(artifact.manifest["log2_buckets"]), reader, index)
 
     def rows(self, users: Sequence[str]) -> dict[str, Rows]:
@@ -127,15 +136,21 @@ class State:
                 continue
             batch = self._reader.get_batch(position)
             stored = batch["user_hash"].to_numpy()
-            for place in np.flatnonzero(buckets == bucket):
+            for place in np.flatnonzero(buckets == bucket).tolist():
                 for row in np.flatnonzero(stored == hashes[place]):
                     if batch["user"][int(row)].as_py() == users[place]:
                         piece = pa.Table.from_batches([batch.slice(int(row), 1)]).combine_chunks().to_batches()[0]
-                        found[users[place]] = _to_rows(pa.RecordBatch.from_pydict(
-                            {name: pa.concat_arrays([piece[name]]) for name in piece.schema.names}
-                        ))
+                        found[users[place]] = _to_rows(
+                            pa.RecordBatch.from_pydict(
+                                {name: pa.concat_arrays([piece[name]]) for name in piece.schema.names}
+                            )
+                        )
         return found
 
     def users(self) -> list[str]:
         """All user ids, in stored order."""
-        return [str(user) for i in range(self._reader.num_record_batches) for user in self._reader.get_batch(i)["user"].to_pylist()]
+        return [
+            str(user)
+            for i in range(self._reader.num_record_batches)
+            for user in self._reader.get_batch(i)["user"].to_pylist()
+        ]

@@ -38,7 +38,7 @@ def history(rows: Rows, samples: Samples, history_days: int) -> tuple[Int64, Int
 
 @dataclass(frozen=True)
 class DerivedTarget:
-    """`churned`: column `behaviour` is 0 on the day and the `days - 1` after; `reactivated`: 1 after `days` days of 0."""
+    """`churned`: `behaviour` is 0 on the day and the `days - 1` after; `reactivated`: 1 after `days` of 0."""
 
     name: str
     form: Literal["churned", "reactivated"]
@@ -71,7 +71,9 @@ def targets(
     """
     width = rows.values.shape[1]
     until = np.minimum(rows.end_day[samples.row], until_day).astype(np.int64)
-    ahead = max([future_days, *(future_days - 1 + d.days for d in derived if d.form == "churned"), *(h.days for h in horizons)])
+    ahead = max(
+        [future_days, *(future_days - 1 + d.days for d in derived if d.form == "churned"), *(h.days for h in horizons)]
+    )
     behind = max([0, *(d.days for d in derived if d.form == "reactivated")])
     begin, end = rows.span(samples.row, samples.cut - behind, samples.cut + ahead)
     sample, index = expand(begin, end)
@@ -82,14 +84,18 @@ def targets(
     daily = np.full((len(samples), future_days, width + len(derived)), np.nan)
     daily[:, :, :width] = np.where((day < until[:, None])[:, :, None], dense[:, behind : behind + future_days], np.nan)
     for column, target in enumerate(derived, start=width):
-        sums = np.concatenate([np.zeros((len(samples), 1)), np.cumsum(dense[:, :, target.behaviour] > 0, axis=1)], axis=1)
+        sums = np.concatenate(
+            [np.zeros((len(samples), 1)), np.cumsum(dense[:, :, target.behaviour] > 0, axis=1)], axis=1
+        )
         at = np.arange(future_days) + behind
         if target.form == "churned":
             value = (sums[:, at + target.days] - sums[:, at]) == 0
             observed = day + target.days <= until[:, None]
         else:
             value = (dense[:, at, target.behaviour] > 0) & (sums[:, at] - sums[:, at - target.days] == 0)
-            observed = (day < until[:, None]) & (day - target.days >= rows.first_day[samples.row].astype(np.int64)[:, None])
+            observed = (day < until[:, None]) & (
+                day - target.days >= rows.first_day[samples.row].astype(np.int64)[:, None]
+            )
         daily[:, :, column] = np.where(observed, value, np.nan)
 
     over = np.full((len(samples), len(horizons)), np.nan)
@@ -102,9 +108,9 @@ def targets(
 
 @dataclass(frozen=True)
 class CutPlan:
-    """Which cuts may be taken of which users: days [from_day, until_day] every `every_days`, users of `segments` (empty:
-    all) whose hash share lies in [low, high), whose first day is more than `min_history_days` before the cut, and with
-    at least one observed day after it. Users inside one of `excluded` (plans) are left out.
+    """Which cuts may be taken of which users: days [from_day, until_day] every `every_days`, users of `segments`
+    (empty: all) whose hash share lies in [low, high), whose first day is more than `min_history_days` before the cut,
+    and with at least one observed day after it. Users inside one of `excluded` (plans) are left out.
     """
 
     from_day: int
@@ -144,7 +150,7 @@ class CutPlan:
         return Samples(row, cut.astype(np.int32), np.zeros(len(row), np.int32))
 
     def draw(self, rows: Rows, seed: int, epoch: npt.ArrayLike, draws: int) -> Samples:
-        """`draws` cuts of each row that has any, chosen by hash(seed, epoch, user, draw); `epoch` is one or one a row."""
+        """`draws` cuts of each row that has any, by hash(seed, epoch, user, draw); `epoch` is one or one a row."""
         first, count = self.ranges(rows)
         row = np.repeat(np.flatnonzero(count), draws)
         draw = np.tile(np.arange(draws), len(row) // max(draws, 1)).astype(np.int32)

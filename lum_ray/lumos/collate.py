@@ -127,7 +127,9 @@ class Calendar:
 
         owners = np.stack([np.zeros(count, np.uint64), hashes[code], mix(2, user_hash)], axis=1)
         distinct = (owners[:, 1:] != 0) & (owners[:, 1:] != owners[:, :-1])
-        pair, rows = self.dated.of(owners.ravel(), np.concatenate([np.ones((count, 1), bool), distinct], axis=1).ravel())
+        pair, rows = self.dated.of(
+            owners.ravel(), np.concatenate([np.ones((count, 1), bool), distinct], axis=1).ravel()
+        )
         window = pair // 3
         low = np.maximum(self.start[rows], start[window])
         which, day = expand(low, np.minimum(self.end[rows] + 1, start[window] + length))

@@ -63,8 +63,18 @@ class LumosConfig:
     exponential decays of several lengths; with `causal` the encoder's scores get fixed decays (as ALiBi)."""
 
     def __post_init__(self) -> None:
-        for name in ("history_days", "future_days", "width", "heads", "encoder_layers", "decoder_layers",
-                     "swiglu_width", "embed_layers", "cuts_per_window", "cut_stride_days"):
+        for name in (
+            "history_days",
+            "future_days",
+            "width",
+            "heads",
+            "encoder_layers",
+            "decoder_layers",
+            "swiglu_width",
+            "embed_layers",
+            "cuts_per_window",
+            "cut_stride_days",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.embed_width is not None and self.embed_width < 1:
@@ -77,11 +87,15 @@ class LumosConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
         if self.cuts_per_window > 1 and not self.causal:
-            raise ValueError(f"cuts_per_window: {self.cuts_per_window} cuts of one window need causal: true, "
-                             "else the states before a cut have seen the days after it")
+            raise ValueError(
+                f"cuts_per_window: {self.cuts_per_window} cuts of one window need causal: true, "
+                "else the states before a cut have seen the days after it"
+            )
         if (self.cuts_per_window - 1) * self.cut_stride_days >= self.history_days:
-            raise ValueError(f"cut_stride_days: {self.cuts_per_window} cuts every {self.cut_stride_days} days do not "
-                             f"fit into {self.history_days} days of history; take fewer cuts or a shorter stride")
+            raise ValueError(
+                f"cut_stride_days: {self.cuts_per_window} cuts every {self.cut_stride_days} days do not "
+                f"fit into {self.history_days} days of history; take fewer cuts or a shorter stride"
+            )
 
     @property
     def embedding(self) -> int:
@@ -150,8 +164,11 @@ class Inputs:
         least = max(1, 2 * len(self.event_types))
         if self.event_width < least:
             raise ValueError(f"event_width: expected at least {least}, got {self.event_width}")
-        bad = [f"{b.name} (scale {b.scale}, resolution {b.resolution})" for b in self.behaviours
-               if not (b.scale > 0 and b.resolution > 0)]
+        bad = [
+            f"{b.name} (scale {b.scale}, resolution {b.resolution})"
+            for b in self.behaviours
+            if not (b.scale > 0 and b.resolution > 0)
+        ]
         bad += [f"{n.name} (std {n.std})" for n in self.numbers if not n.std > 0]
         if bad:
             raise ValueError(f"expected positive scales, resolutions and deviations, got {', '.join(bad[:5])}")

@@ -73,7 +73,9 @@ def fit_inputs(
             column_N = column_N[np.isfinite(column_N)]
             moments[name] += [len(column_N), column_N.sum(), (column_N**2).sum()]
         for name in categories:
-            vocabulary[name].update(str(value) for value in set(rows.profile[name][known].tolist()) if value is not None)
+            vocabulary[name].update(
+                str(value) for value in set(rows.profile[name][known].tolist()) if value is not None
+            )
     if not days:
         raise UserError(
             f"no event lies before day {until_day}, where training must end; check `split` against the days of the data"
@@ -81,7 +83,8 @@ def fit_inputs(
     large = [f"{name} ({len(values)})" for name, values in vocabulary.items() if len(values) > MAX_CATEGORIES]
     if large:
         raise UserError(
-            f"data.profiles.categories: expected at most {MAX_CATEGORIES} values, got {', '.join(large[:5])}; leave them out"
+            f"data.profiles.categories: expected at most {MAX_CATEGORIES} values, got {', '.join(large[:5])}; "
+            "leave them out"
         )
     types, scales = _event_types(calendar, until_day)
     layout = EventLayout(types, scales, config.weekday, config.season)
@@ -117,9 +120,14 @@ def with_starts(inputs: Inputs, config: LumosConfig, windows: Iterable[tuple[Row
 
     A head that starts at its base rate, and a weight at what is optimal for it, save the steps that find them.
     """
-    parts = [targets(rows, samples, config.future_days, until_day, inputs.derived, inputs.horizons) for rows, samples in windows]
+    parts = [
+        targets(rows, samples, config.future_days, until_day, inputs.derived, inputs.horizons)
+        for rows, samples in windows
+    ]
     if not sum(len(daily) for daily, _ in parts):
-        raise UserError("split.train: no user has a cut there; check its days and `split.min_history_days` against the data")
+        raise UserError(
+            "split.train: no user has a cut there; check its days and `split.min_history_days` against the data"
+        )
     daily = np.concatenate([part[0] for part in parts])[:, None]
     horizon = np.concatenate([part[1] for part in parts])[:, None]
     first, second = losses.starts(config, inputs, daily, horizon, np.ones(daily.shape[:2], np.bool_))

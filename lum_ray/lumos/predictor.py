@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from lum_ray import config as runs
 from lum_ray import weights
 from lum_ray.artifacts import UserError, join, open_artifact, read_bytes, read_json
-from lum_ray.data.rows import Samples
+from lum_ray.data.rows import Rows, Samples
 from lum_ray.lumos.collate import Calendar
 from lum_ray.lumos.config import Inputs, LumosConfig
 from lum_ray.lumos.requests import FAR_FUTURE, History, Request, RequestReader
@@ -61,13 +61,14 @@ class WhatIf:
 class Nearness:
     """How far a scenario lies from training: distances of event rows to the nearest of the training's."""
 
-    rows_ES: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.float32]
+    """Distinct event rows (E, S) of training."""
     distances: npt.NDArray[np.float32]
     """For each training cut: the largest distance, over its days, of an event row to the nearest other one."""
 
     def share(self, rows_FS: npt.NDArray[np.float32]) -> tuple[float, bool]:
         """(share of training cuts that lie nearer, whether it lies farther than all) of a scenario's days."""
-        gaps = np.sqrt(((rows_FS[:, None, :] - self.rows_ES[None]) ** 2).sum(axis=2)).min(axis=1)
+        gaps = np.sqrt(((rows_FS[:, None, :] - self.rows[None]) ** 2).sum(axis=2)).min(axis=1)
         distance = float(gaps.max(initial=0.0))
         nearer = float((self.distances < distance - 1e-6).mean()) if len(self.distances) else 1.0
         return nearer, bool(distance > self.distances.max(initial=0.0) + 1e-6)
@@ -77,15 +78,18 @@ class Predictor:
     """A checkpoint, loaded. `load` never executes a pickle."""
 
     def __init__(
-        self, stage: LumosStage, requests: RequestReader, info: Mapping[str, Any], nearness: Nearness, device: torch.device
+        self,
+        stage: LumosStage,
+        requests: RequestReader,
+        info: Mapping[str, Any],
+        nearness: Nearness,
+        device: torch.device,
     ) -> None:
         self.stage, self.requests, self.info, self.nearness, self.device = stage, requests, info, nearness, device
         stage.module.to(device).eval()
 
     @classmethod
-    def load(
-        cls, uri: str, history_of: History | None = None, device: str = "auto"
-    ) -> Predictor:
+    def load(cls, uri: str, history_of: History | None = None, device: str = "auto") -> Predictor:
         """The predictor of the checkpoint at `uri` (its best weights).
 
         `history_of(user ids)` gives the stored rows of those that are known. Raises UserError for a checkpoint that is
@@ -104,9 +108,12 @@ class Predictor:
             calendar = _calendar(join(uri.rstrip("/").rsplit("/", 2)[0], "calendar", record["calendar"]))
         stage = LumosStage(run.section, inputs, calendar, FAR_FUTURE, run.split.min_history_days)
         stage.module.load_state_dict(trained.tensors)
-        reference = {name: value.numpy() for name, value in load_tensors(read_bytes(join(uri, "reference.safetensors"))).items()}
+        reference = {
+            name: value.numpy() for name, value in load_tensors(read_bytes(join(uri, "reference.safetensors"))).items()
+        }
         info = {
-            "name": run.name, "checkpoint": uri.rstrip("/").rsplit("/", 1)[-1], "step": trained.loop["step"], "model": "lumos",
+            "name": run.name, "model": "lumos", "step": trained.loop["step"],
+            "checkpoint": uri.rstrip("/").rsplit("/", 1)[-1],
             "behaviours": list(inputs.terms), "event_types": list(inputs.event_types),
             "history_days": run.section.history_days, "future_days": run.section.future_days,
             "start_day": record["start_day"], "end_day": record["end_day"],
@@ -114,7 +121,9 @@ class Predictor:
         reader = RequestReader(
             run, stage.calendar.layout, record["event_columns"], record["start_day"], record["end_day"], history_of
         )
-        place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        place = (
+            torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        )
         return cls(stage, reader, info, Nearness(reference["event_rows_ES"], reference["distances"]), place)
 
     def predict(self, requests: Sequence[Request]) -> list[Answer]:
@@ -125,9 +134,7 @@ class Predictor:
             found = functionals(self.stage.module, self.stage.module(batch))
         return self._answers(requests, samples, found, 0)
 
-    def what_if(
-        self, requests: Sequence[Request], scenarios: Sequence[Sequence[Mapping[str, Any]]]
-    ) -> list[WhatIf]:
+    def what_if(self, requests: Sequence[Request], scenarios: Sequence[Sequence[Mapping[str, Any]]]) -> list[WhatIf]:
         """Each user's prediction under her own calendar and under each scenario; the history is encoded once.
 
         A scenario's rows replace all that is known of the coming days. Raises UserError as `predict` does.
@@ -168,14 +175,20 @@ class Predictor:
         if all(calendar is None for calendar in given):
             return []
         if any(calendar != given[0] for calendar in given):
-            raise UserError("users: expected the same calendar in all users of one call; send the others in a call of their own")
+            raise UserError(
+                "users: expected the same calendar in all users of one call; send the others in a call of their own"
+            )
         return [self.requests.scenario(given[0] or [], "users[0].calendar", int(samples.cut.min()))]
 
     def _batch(self, rows: Rows, samples: Samples, futures: Sequence[Calendar]) -> dict[str, torch.Tensor]:
         return to_device(self.stage.collate(rows, samples, futures), self.device)
 
     def _answers(
-        self, requests: Sequence[Request], samples: Samples, found: tuple[dict[str, Floats], dict[str, Floats]], column: int
+        self,
+        requests: Sequence[Request],
+        samples: Samples,
+        found: tuple[dict[str, Floats], dict[str, Floats]],
+        column: int,
     ) -> list[Answer]:
         inputs = self.stage.inputs
         daily, over = found
@@ -188,11 +201,10 @@ class Predictor:
         answers = []
         for i, request in enumerate(requests):
             cut = int(samples.cut[i])
-            days = [
-                {"day": self.requests.shown(cut + j),
-                 "behaviours": {name: values(daily, (i, column, j, k), k) for k, name in enumerate(inputs.terms[:width])}}
-                for j in range(self.stage.config.future_days)
-            ]  # fmt: skip
+            days = []
+            for j in range(self.stage.config.future_days):
+                named = {name: values(daily, (i, column, j, k), k) for k, name in enumerate(inputs.terms[:width])}
+                days.append({"day": self.requests.shown(cut + j), "behaviours": named})
             horizons = {name: values(over, (i, column, k), width + k) for k, name in enumerate(inputs.terms[width:])}
             answers.append(Answer(request.user, self.requests.shown(cut), days, horizons))
         return answers
@@ -203,7 +215,8 @@ def _difference(baseline: Answer, scenario: Answer) -> dict[str, Any]:
 
     def minus(new: Mapping[str, Values], old: Mapping[str, Values]) -> dict[str, float]:
         return {
-            name: new[name].get("mean", new[name].get("p", 0.0)) - old[name].get("mean", old[name].get("p", 0.0)) for name in new
+            name: new[name].get("mean", new[name].get("p", 0.0)) - old[name].get("mean", old[name].get("p", 0.0))
+            for name in new
         }
 
     return {

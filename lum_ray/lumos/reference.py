@@ -15,7 +15,9 @@ from lum_ray.stage import Arrays
 MAX_ROWS = 2048
 
 
-def reference_rows(batches: Iterable[Arrays], rhythm_width: int, future_days: int) -> dict[str, npt.NDArray[np.float32]]:
+def reference_rows(
+    batches: Iterable[Arrays], rhythm_width: int, future_days: int
+) -> dict[str, npt.NDArray[np.float32]]:
     """Distinct event rows of training cuts (E, S), the most frequent first, and for each cut (n,) the largest distance,
     over its days, from an event row to the nearest row that another day holds (0 where it comes more than once).
     """

@@ -74,11 +74,15 @@ class RequestReader:
             known = stored.get(request.user)
             cut = self.day(request.cut_day, f"{where}.cut_day") if request.cut_day is not None else self.end_day
             if known is None and request.events is None:
-                raise UserError(f"{where}.user: {request.user!r} is not known; send her events, or publish a newer state")
+                raise UserError(
+                    f"{where}.user: {request.user!r} is not known; send her events, or publish a newer state"
+                )
             piece = known
             if request.events is not None or request.profile is not None:
                 inline = self._inline(request, where, cut)
-                piece = inline if known is None else _join(known, inline, request.profile is not None, f"{where}.events")
+                piece = (
+                    inline if known is None else _join(known, inline, request.profile is not None, f"{where}.events")
+                )
             assert piece is not None
             # a stored history may go on behind the cut of the request: the cut hides it; and predictions have no end
             pieces.append(replace(piece, end_day=np.full(1, FAR_FUTURE, np.int32)))
@@ -95,23 +99,33 @@ class RequestReader:
             place = f"{where}[{j}]"
             kind = row.get("event_type")
             if kind not in known:
-                raise UserError(f"{place}.event_type: expected one of {', '.join(known) or 'none (the run has no calendar)'}, got {kind!r}")
+                raise UserError(
+                    f"{place}.event_type: expected one of {', '.join(known) or 'none (the run has no calendar)'}, "
+                    f"got {kind!r}"
+                )
             start = self.day(row.get("start_day"), f"{place}.start_day")
             end = self.day(row["end_day"], f"{place}.end_day") if row.get("end_day") is not None else start
             if end < max(start, cut):
-                raise UserError(f"{place}.end_day: expected a day from {self.shown(max(start, cut))} on, got {row.get('end_day')!r}")
+                raise UserError(
+                    f"{place}.end_day: expected a day from {self.shown(max(start, cut))} on, got {row.get('end_day')!r}"
+                )
             value = row.get("value")
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise UserError(f"{place}.value: expected a finite number, got {value!r}")
             for name, item in (("event_type", kind), ("start_day", start), ("end_day", end), ("value", value)):
                 columns[name].append(item)
         count = len(rows)
-        table = pa.table({
-            "scope": pa.array(["global"] * count, pa.string()), "key": pa.nulls(count, pa.string()),
-            "start_day": pa.array(columns["start_day"], pa.int32()), "end_day": pa.array(columns["end_day"], pa.int32()),
-            "event_type": pa.array(columns["event_type"], pa.string()), "value": pa.array(columns["value"], pa.float64()),
-            "known_at": pa.nulls(count, pa.int32()),
-        })  # fmt: skip
+        table = pa.table(
+            {
+                "scope": pa.repeat("global", count),
+                "key": pa.nulls(count, pa.string()),
+                "start_day": pa.array(columns["start_day"], pa.int32()),
+                "end_day": pa.array(columns["end_day"], pa.int32()),
+                "event_type": pa.array(columns["event_type"], pa.string()),
+                "value": pa.array(columns["value"], pa.float64()),
+                "known_at": pa.nulls(count, pa.int32()),
+            }
+        )
         return Calendar(table, self.layout)
 
     def day(self, value: Any, where: str) -> int:
@@ -137,7 +151,9 @@ class RequestReader:
         for name, kind in self.event_columns.items():
             missing = [j for j, event in enumerate(raw) if name not in event]
             if missing:
-                raise UserError(f"{where}.events[{missing[0]}].{name}: missing; every event holds {', '.join(self.event_columns)}")
+                raise UserError(
+                    f"{where}.events[{missing[0]}].{name}: missing; every event holds {', '.join(self.event_columns)}"
+                )
             table[name] = _column([event[name] for event in raw], kind, f"{where}.events", name)
         events, rejects = clean_events(pa.table(table), replace(data, start=None, end=None), f"{where}.events")
         if rejects.num_rows:
@@ -146,19 +162,27 @@ class RequestReader:
         late = np.flatnonzero(events["day"].to_numpy() >= cut)
         if len(late):
             raise UserError(
-                f"{where}.events[{late[0]}].{data.events.time}: expected a time before the cut, {self.shown(cut)}, got {times[late[0]]}; "
+                f"{where}.events[{late[0]}].{data.events.time}: expected a time before the cut, {self.shown(cut)}, "
+                f"got {times[late[0]]}; "
                 "leave it out or ask for a later cut_day"
             )
         return rows_from_tables(
-            tokenize(events, data.behaviours), self._profile(request, where), [item.name for item in data.behaviours],
-            self.start_day, cut,
+            tokenize(events, data.behaviours),
+            self._profile(request, where),
+            [item.name for item in data.behaviours],
+            self.start_day,
+            cut,
         )
 
     def _times(self, times: Sequence[Any], where: str) -> pa.Array:
         def parse(j: int, value: Any) -> Any:
             try:
                 if isinstance(value, str):
-                    return datetime.date.fromisoformat(value) if len(value) == 10 else datetime.datetime.fromisoformat(value)
+                    return (
+                        datetime.date.fromisoformat(value)
+                        if len(value) == 10
+                        else datetime.datetime.fromisoformat(value)
+                    )
                 if isinstance(value, (datetime.date, int)) and not isinstance(value, bool):
                     return value
             except ValueError:
@@ -172,15 +196,21 @@ class RequestReader:
         if all(isinstance(value, datetime.datetime) for value in values):
             naive = [j for j, value in enumerate(values) if value.tzinfo is None]
             if naive and self.run.data.time_zone != "UTC":
-                raise UserError(f"{where}.events[{naive[0]}]: the timestamp has no zone; write it like 2017-09-20T18:30:00-04:00")
-            return pa.array([v if v.tzinfo else v.replace(tzinfo=datetime.UTC) for v in values], pa.timestamp("us", "UTC"))
+                raise UserError(
+                    f"{where}.events[{naive[0]}]: the timestamp has no zone; write it like 2017-09-20T18:30:00-04:00"
+                )
+            return pa.array(
+                [v if v.tzinfo else v.replace(tzinfo=datetime.UTC) for v in values], pa.timestamp("us", "UTC")
+            )
         if len({type(value) for value in values}) > 1:
             raise UserError(f"{where}.events: expected times of one kind, got timestamps, dates and numbers mixed")
         if not isinstance(values[0], int):
             return pa.array(values, pa.date32())
         far = [j for j, value in enumerate(values) if abs(value) > FAR_FUTURE]
         if far:
-            raise UserError(f"{where}.events[{far[0]}].{self.run.data.events.time}: expected a day number, got {values[far[0]]}")
+            raise UserError(
+                f"{where}.events[{far[0]}].{self.run.data.events.time}: expected a day number, got {values[far[0]]}"
+            )
         return pa.array(values, pa.int32())
 
     def _profile(self, request: Request, where: str) -> pa.Table:
@@ -233,7 +263,10 @@ def _column(values: Sequence[Any], kind: str, where: str, name: str) -> pa.Array
 def _join(stored: Rows, inline: Rows, with_profile: bool, where: str) -> Rows:
     """The stored history of a user and her newer events."""
     if len(stored.days) and len(inline.days) and inline.days[0] <= stored.days[-1]:
-        raise UserError(f"{where}: expected events after the stored history, which goes up to day {stored.days[-1]}; leave older ones out")
+        raise UserError(
+            f"{where}: expected events after the stored history, which goes up to day {stored.days[-1]}; "
+            "leave older ones out"
+        )
     source = inline if with_profile else stored
     return replace(
         stored,

@@ -1,7 +1,7 @@
 """LUMOS as the training loop sees it: collate, loss, predict, trainable.
 
 Shapes: S samples (= B windows), T history days, C cuts, F future days, X days that the queries look at, U behaviours,
-V daily targets (U and the derived ones), H horizon targets, K = V + H terms, A active days, n rows of a prediction file.
+V daily targets (U and the derived ones), H horizon targets, K = V + H terms, A active days.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class LumosStage:
         daily = np.where(valid_BC[:, :, None, None], daily.reshape(*shape, *daily.shape[1:]), np.nan).astype(np.float32)
         horizon = np.where(valid_BC[:, :, None], horizon.reshape(*shape, -1), np.nan).astype(np.float32)
         numbers_BN, categories_BG = profile_arrays(
-            rows, row, [item.name for item in self.inputs.numbers],
+            rows,
+            row,
+            [item.name for item in self.inputs.numbers],
             [(item.name, item.values) for item in self.inputs.categories],
         )
         return {

@@ -68,7 +68,15 @@ def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Evalu
     write_table(join(uri, "metrics.parquet"), table)
     log("drawing the report")
     write_report(join(uri, "report.html"), _facts(run, prepared, checkpoint, stage, predictions, table))
-    commit(uri, {"kind": "report", "digest": name, "checkpoint": checkpoint.rsplit("/", 1)[-1], "files": ["report.html", "metrics.parquet"]})
+    commit(
+        uri,
+        {
+            "kind": "report",
+            "digest": name,
+            "checkpoint": checkpoint.rsplit("/", 1)[-1],
+            "files": ["report.html", "metrics.parquet"],
+        },
+    )
     return Evaluation(uri, table)
 
 
@@ -80,18 +88,31 @@ def by_cohort(run: Run, predictions_uri: str, log: Log = silent) -> pa.Table:
     """
     artifact = open_artifact(predictions_uri)
     if not artifact.manifest.get("cohorts"):
-        raise UserError(f"{predictions_uri}: expected predictions with cohorts; make them with `lum-ray predict --cohorts ...`")
+        raise UserError(
+            f"{predictions_uri}: expected predictions with cohorts; make them with `lum-ray predict --cohorts ...`"
+        )
     prepared = prepare(run, log)
     cut, end_day = int(artifact.manifest["cut_day"]), int(prepared.timelines.manifest["end_day"])
     if cut >= end_day:
-        raise UserError(f"{predictions_uri}: predicts day {cut} and later, but the data end before it; prepare newer events first")
+        raise UserError(
+            f"{predictions_uri}: predicts day {cut} and later, but the data end before it; prepare newer events first"
+        )
     checkpoint = join(run.root, "checkpoints", str(artifact.manifest["checkpoint"]))
     stage = trained_stage(run, prepared, checkpoint, end_day)
     log("joining outcomes")
     now = pa.concat_tables(
-        prediction_tables(stage, Timelines.open(prepared.timelines.uri), cut_plan(run, "test", end_day), run.name, run.train.seed, cut=cut)
+        prediction_tables(
+            stage,
+            Timelines.open(prepared.timelines.uri),
+            cut_plan(run, "test", end_day),
+            run.name,
+            run.train.seed,
+            cut=cut,
+        )
     )
-    made = pq.read_table(storage(join(predictions_uri, "predictions")).path, filesystem=storage(predictions_uri).filesystem)
+    made = pq.read_table(
+        storage(join(predictions_uri, "predictions")).path, filesystem=storage(predictions_uri).filesystem
+    )
     keys = ["user", "cut_day", "day", "behaviour"]
     joined = made.drop_columns(["y"]).join(now.select([*keys, "y"]), keys, join_type="inner")
     place = join(predictions_uri, "outcomes", "0000.parquet")
@@ -129,7 +150,9 @@ def _predict_test(run: Run, prepared: Prepared, stage: LumosStage, folder: str, 
 
 
 def _with_targets(rows: Rows, samples: Samples, run: Run, stage: LumosStage, until_day: int) -> Cuts:
-    daily, over = targets(rows, samples, run.section.future_days, until_day, stage.inputs.derived, stage.inputs.horizons)
+    daily, over = targets(
+        rows, samples, run.section.future_days, until_day, stage.inputs.derived, stage.inputs.horizons
+    )
     return Cuts(rows, samples, daily, over)
 
 
@@ -167,7 +190,7 @@ def _facts(
     facts = describe(run, prepared)
     record = open_artifact(checkpoint).manifest
     curves = tuple(json.loads(line) for line in read_bytes(join(checkpoint, "metrics.jsonl")).splitlines())
-    reliabilities = []
+    reliabilities: list[metrics.Reliability] = []
     for name, task in tasks_of(run).items():
         if task.kind == "binary" and len(reliabilities) < 8:
             outcomes = predictions.outcomes[name]
@@ -205,10 +228,16 @@ def _shown(value: Any) -> str:
 
 def _occasions(prepared: Prepared, stage: LumosStage, first: int, last: int) -> list[tuple[str, int, int]]:
     """(type, start, end) of the global and segment rows in [first, last) whose type is not there on most days."""
-    rows = [row for row in prepared.calendar_table.to_pylist() if row["scope"] != "user" and row["event_type"] in stage.inputs.event_types]
+    rows = [
+        row
+        for row in prepared.calendar_table.to_pylist()
+        if row["scope"] != "user" and row["event_type"] in stage.inputs.event_types
+    ]
     days: dict[str, set[int]] = {}
     for row in rows:
-        days.setdefault(row["event_type"], set()).update(range(max(first, row["start_day"]), min(last, row["end_day"] + 1)))
+        days.setdefault(row["event_type"], set()).update(
+            range(max(first, row["start_day"]), min(last, row["end_day"] + 1))
+        )
     rare = {name for name, found in days.items() if 0 < len(found) <= COMMON_EVENT_SHARE * (last - first)}
     return [(row["event_type"], row["start_day"], row["end_day"]) for row in rows if row["event_type"] in rare]
 
@@ -269,7 +298,9 @@ def _what_if(run: Run, prepared: Prepared, stage: LumosStage) -> tuple[WhatIf | 
     """The mean prediction of the first binary behaviour with and without the event type that moves it most."""
     if not stage.inputs.event_types:
         return None, "the run has no calendar"
-    occasions = _occasions(prepared, stage, int(prepared.timelines.manifest["first_day"]), int(prepared.timelines.manifest["end_day"]))
+    occasions = _occasions(
+        prepared, stage, int(prepared.timelines.manifest["first_day"]), int(prepared.timelines.manifest["end_day"])
+    )
     cut = _picture_cut(run, prepared, occasions)
     found = _sample(run, prepared, stage, cut)
     if found is None:

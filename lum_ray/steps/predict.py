@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lum_ray import config
+from lum_ray import config, weights
 from lum_ray.artifacts import UserError, commit, digest, find, join, write_table
 from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
@@ -25,7 +25,6 @@ from lum_ray.stage import Arrays, to_device
 from lum_ray.steps.prepare import Log, Prepared, prepare, silent
 from lum_ray.steps.session import start_ray
 from lum_ray.steps.train import make_stage, train
-from lum_ray import weights
 
 BATCH = 512
 
@@ -40,7 +39,10 @@ def publish(run: Run, log: Log = silent) -> str:
         timelines = Timelines.open(prepared.timelines.uri)
         buckets = np.flatnonzero(timelines.bucket_users).tolist()
         write_state(
-            uri, ((bucket, timelines.read([bucket])) for bucket in buckets), int(manifest["log2_buckets"]), int(manifest["end_day"])
+            uri,
+            ((bucket, timelines.read([bucket])) for bucket in buckets),
+            int(manifest["log2_buckets"]),
+            int(manifest["end_day"]),
         )
     return uri
 
@@ -52,7 +54,11 @@ def open_predictor(run: Run, log: Log = silent) -> Predictor:
 
 
 def predict(
-    run: Run, log: Log = silent, cut_day: int | str | None = None, cohorts: Mapping[str, float] | None = None, salt: str = "lum_ray"
+    run: Run,
+    log: Log = silent,
+    cut_day: int | str | None = None,
+    cohorts: Mapping[str, float] | None = None,
+    salt: str = "lum_ray",
 ) -> str:
     """Predict every user's coming days from `cut_day` (default: the day after the data) on, and return the URI.
 
@@ -66,8 +72,8 @@ def predict(
     cut = config.day_number(cut_day) if cut_day is not None else int(manifest["end_day"])
     if not int(manifest["first_day"]) < cut <= int(manifest["end_day"]):
         raise UserError(
-            f"--cut {cut_day}: expected a day after the data's first ({manifest['first_day']}) up to the day after their last "
-            f"({manifest['end_day']})"
+            f"--cut {cut_day}: expected a day after the data's first ({manifest['first_day']}) up to the day after "
+            f"their last ({manifest['end_day']})"
         )
     assignment = dict(cohorts or {})
     check_cohorts(assignment)
@@ -110,7 +116,9 @@ class _Work:
         stage = trained_stage(run, self.prepared, self.checkpoint, FAR_FUTURE)
         plan = CutPlan(self.cut, self.cut, 1, 0)
         table = pa.concat_tables(
-            prediction_tables(stage, Timelines.open(self.prepared.timelines.uri), plan, run.name, run.train.seed, lane, 64, self.cut)
+            prediction_tables(
+                stage, Timelines.open(self.prepared.timelines.uri), plan, run.name, run.train.seed, lane, 64, self.cut
+            )
         )
         write_table(join(self.uri, "predictions", f"{lane:04d}.parquet"), table)
         return {"rows": table.num_rows}
@@ -125,8 +133,15 @@ def trained_stage(run: Run, prepared: Prepared, checkpoint: str, until_day: int)
 
 
 def prediction_tables(
-    stage: LumosStage, timelines: Timelines, plan: CutPlan, model: str, seed: int, rank: int = 0, world: int = 1,
-    cut: int | None = None, max_users: int | None = None,
+    stage: LumosStage,
+    timelines: Timelines,
+    plan: CutPlan,
+    model: str,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    cut: int | None = None,
+    max_users: int | None = None,
 ) -> Iterator[pa.Table]:
     """Prediction-file tables of every (user, cut) of the plan, at most a batch at a time.
 
@@ -143,7 +158,9 @@ def prediction_tables(
         yield prediction_table(stage.predict(to_device(arrays, device)), rows, samples, stage.terms, model, seed)
 
 
-def _at(timelines: Timelines, stage: LumosStage, cut: int, rank: int, world: int) -> Iterator[tuple[Rows, Samples, Arrays]]:
+def _at(
+    timelines: Timelines, stage: LumosStage, cut: int, rank: int, world: int
+) -> Iterator[tuple[Rows, Samples, Arrays]]:
     for bucket in np.flatnonzero(timelines.bucket_users).tolist():
         if bucket % 64 % world != rank:
             continue
@@ -188,8 +205,8 @@ def check_cohorts(cohorts: Mapping[str, float]) -> None:
 def assign(users: Sequence[str], cohorts: Mapping[str, float], salt: str) -> list[str]:
     """A cohort for each user, stable under anything but her id, the salt and the shares.
 
-    u = the first 8 bytes of SHA-256("<salt>:<user>"), big-endian, over 2^64; the first cohort, in the given order, whose
-    cumulative share exceeds u. The simulator plants its treatment by the same rule.
+    u = the first 8 bytes of SHA-256("<salt>:<user>"), big-endian, over 2^64; the first cohort, in the given order,
+    whose cumulative share exceeds u. The simulator plants its treatment by the same rule.
     """
     names, edges = list(cohorts), np.cumsum(list(cohorts.values()))
     u = [int.from_bytes(hashlib.sha256(f"{salt}:{user}".encode()).digest()[:8], "big") / 2**64 for user in users]

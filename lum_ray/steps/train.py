@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save as save_arrays
 
 from lum_ray import catalog, config
-from lum_ray.artifacts import digest, find, join, storage, write_bytes, write_json
+from lum_ray.artifacts import commit, digest, find, join, open_artifact, storage, write_bytes, write_json
 from lum_ray.config import Run
 from lum_ray.data.loader import Loader, evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -78,15 +78,9 @@ def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
 
     log(f"training {run.train.steps} steps of {run.train.batch} windows, {run.train.workers} worker(s)")
     outcome = fit(make_loop, run.train.workers, gpus, None, run.name, run.train.max_failures)
-    _commit(uri, outcome)
+    kept = ("step", "best_step", "best_value", "metrics", "stopped_early")
+    commit(uri, {"kind": "checkpoint", "digest": uri.rsplit("-", 1)[-1], **{name: outcome[name] for name in kept}})
     return uri
-
-
-def _commit(uri: str, outcome: Mapping[str, Any]) -> None:
-    from lum_ray.artifacts import commit
-
-    commit(uri, {"kind": "checkpoint", "digest": uri.rsplit("-", 1)[-1],
-                 **{name: outcome[name] for name in ("step", "best_step", "best_value", "metrics", "stopped_early")}})  # fmt: skip
 
 
 def _write_record(run: Run, prepared: Prepared, uri: str) -> None:
@@ -134,16 +128,19 @@ def make_stage(run: Run, prepared: Prepared, until_day: int, cuts: int = 1) -> L
 
 def _loop(plain: Mapping[str, Any], uris: tuple[str, str, str], uri: str, worker: Worker) -> dict[str, Any]:
     """What every worker runs. It is handed plain values, since it may live on another machine."""
-    from lum_ray.artifacts import open_artifact
-
     run = catalog.read_run(dict(plain))
-    prepared = Prepared(*(open_artifact(one) for one in uris), event_columns={})
-    timelines = Timelines.open(uris[0])
+    timelines_uri, calendar_uri, fitted_uri = uris
+    prepared = Prepared(open_artifact(timelines_uri), open_artifact(calendar_uri), open_artifact(fitted_uri), {})
+    timelines = Timelines.open(timelines_uri)
     end_day = int(timelines.manifest["end_day"])
     stage = make_stage(run, prepared, fit_until(run, end_day), run.section.cuts_per_window)
     watching = LumosStage(
-        run.section, stage.inputs, prepared.calendar_table if run.data.calendar else None, end_day,
-        run.split.min_history_days, module=stage.module,
+        run.section,
+        stage.inputs,
+        prepared.calendar_table if run.data.calendar else None,
+        end_day,
+        run.split.min_history_days,
+        module=stage.module,
     )
     loader = Loader(
         timelines,

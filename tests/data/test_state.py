@@ -26,7 +26,10 @@ def rows_of(names: list[str]) -> Rows:
         first_day=np.full(len(names), 9, np.int32),
         end_day=np.full(len(names), 40, np.int32),
         segment=np.array(["s"] * len(names), object),
-        profile={"age": np.where(lengths > 2, lengths * 1.5, np.nan), "town": np.array([None, *["x"] * (len(names) - 1)], object)},
+        profile={
+            "age": np.where(lengths > 2, lengths * 1.5, np.nan),
+            "town": np.array([None, *["x"] * (len(names) - 1)], object),
+        },
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,8 @@ def test_weekday_columns_start_on_monday() -> None:
 
 def test_profile_arrays_mark_missing_and_unknown() -> None:
     rows = stand_in(1, ["age", "town"])
-    rows = type(rows)(**{**vars(rows), "user": np.array(["a", "b", "c"], object),
-                         "profile": {"age": np.array([1.0, np.nan, 3.0]), "town": np.array(["x", None, "new"], object)}})  # fmt: skip
+    profile = {"age": np.array([1.0, np.nan, 3.0]), "town": np.array(["x", None, "new"], object)}
+    rows = replace(rows, profile=profile)
     numbers, categories = profile_arrays(rows, np.array([0, 1, 2]), ["age"], [("town", ("w", "x"))])
     assert numbers[:, 0].tolist()[::2] == [1.0, 3.0]
     assert np.isnan(numbers[1, 0])

@@ -16,7 +16,10 @@ from lum_ray.data.windows import HorizonTarget
 from lum_ray.lumos.config import Inputs, LumosConfig
 from lum_ray.lumos.fitting import fit_inputs, with_starts
 
-BEHAVIOURS = (Behaviour("active", "binary", "count()"), Behaviour("spend", "continuous", "sum(x)", 0.01, "active", "identity"))
+BEHAVIOURS = (
+    Behaviour("active", "binary", "count()"),
+    Behaviour("spend", "continuous", "sum(x)", 0.01, "active", "identity"),
+)
 CONFIG = LumosConfig(history_days=8, future_days=2, width=8, heads=2, encoder_layers=1, swiglu_width=8)
 
 
@@ -35,13 +38,32 @@ def rows() -> Rows:
 
 
 def calendar(**last: Any) -> pa.Table:
-    base = {"scope": "global", "key": None, "start_day": 3, "end_day": 4, "event_type": "sale", "value": -8.0, "known_at": None}
-    late = {**base, "scope": "user", "key": "a", "start_day": 20, "end_day": 21, "event_type": "mail", "value": None, **last}
+    base = {
+        "scope": "global",
+        "key": None,
+        "start_day": 3,
+        "end_day": 4,
+        "event_type": "sale",
+        "value": -8.0,
+        "known_at": None,
+    }
+    late = {
+        **base,
+        "scope": "user",
+        "key": "a",
+        "start_day": 20,
+        "end_day": 21,
+        "event_type": "mail",
+        "value": None,
+        **last,
+    }
     return pa.Table.from_pylist([base, late])
 
 
 def fit(table: pa.Table | None, until: int = 10, data: Rows | None = None) -> Inputs:
-    return fit_inputs([data or rows()], table, BEHAVIOURS, (), (HorizonTarget("active_any_2", "any", 0, 2),), ["age"], ["town"], until, CONFIG)  # fmt: skip
+    horizon = HorizonTarget("active_any_2", "any", 0, 2)
+    rows_ = [data or rows()]
+    return fit_inputs(rows_, table, BEHAVIOURS, (), (horizon,), ["age"], ["town"], until, CONFIG)
 
 
 def test_scales_are_root_mean_squares_over_all_days_before_the_cut() -> None:
@@ -77,5 +99,7 @@ def test_starts_are_base_rates() -> None:
 def test_what_cannot_be_fitted_is_said() -> None:
     with pytest.raises(UserError, match="no event lies before day -5"):
         fit(None, until=-5)
-    many = dataclasses.replace(rows(), profile={"age": np.zeros(2), "town": np.array([f"t{i}" for i in range(2)], object)})
+    many = dataclasses.replace(
+        rows(), profile={"age": np.zeros(2), "town": np.array([f"t{i}" for i in range(2)], object)}
+    )
     assert len(fit(None, data=many).categories[0].values) == 2

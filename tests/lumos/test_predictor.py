@@ -1,4 +1,4 @@
-"""One tokenizer: what is prepared, what is looked up by id and what comes inline in a request are the same to the byte."""
+"""One tokenizer: what is prepared, what is looked up by id and what a request brings are the same to the byte."""
 
 from __future__ import annotations
 
@@ -146,12 +146,18 @@ def test_what_if_moves_the_changed_day_and_no_other(predictor: Predictor) -> Non
     [
         (Request("nobody"), r"users\[0\]\.user: 'nobody' is not known; send her events"),
         (Request("x", "15.11.2024", events=[]), r"users\[0\]\.cut_day: expected a day number or an ISO date"),
-        (Request("x", CUT, events=[{"kind": "a", "amount": 1.0}]), r"events\[0\]\.time: expected an ISO date .* got None"),
+        (
+            Request("x", CUT, events=[{"kind": "a", "amount": 1.0}]),
+            r"events\[0\]\.time: expected an ISO date .* got None",
+        ),
         (
             Request("x", CUT, events=[{"time": "2024-11-15T00:00:00+00:00", "kind": "a", "amount": 1.0}]),
             r"events\[0\]\.time: expected a time before the cut, 2024-11-15, got 2024-11-15T00:00:00",
         ),
-        (Request("x", CUT, events=[{"time": "2024-11-01", "kind": "a"}]), r"events\[0\]\.amount: missing; every event holds"),
+        (
+            Request("x", CUT, events=[{"time": "2024-11-01", "kind": "a"}]),
+            r"events\[0\]\.amount: missing; every event holds",
+        ),
         (
             Request("x", CUT, events=[{"time": "2024-11-01", "kind": "a", "amount": 0.001}]),
             r"users\[0\]\.events\[0\]: amount: sum\(amount\) is 0\.001, finer than the resolution 0\.01",
@@ -164,7 +170,10 @@ def test_what_if_moves_the_changed_day_and_no_other(predictor: Predictor) -> Non
             Request("x", CUT, events=[{"time": "2024-11-01", "kind": 3, "amount": 1.0}]),
             r"users\[0\]\.events\[0\]\.kind: expected a value of type string, got 3",
         ),
-        (Request("x", CUT, events=[{"time": 2**40, "kind": "a", "amount": 1.0}]), r"events\[0\]\.time: expected a day number"),
+        (
+            Request("x", CUT, events=[{"time": 2**40, "kind": "a", "amount": 1.0}]),
+            r"events\[0\]\.time: expected a day number",
+        ),
         (Request("x", CUT, events=[], profile={"contry": "DE"}), r"users\[0\]\.profile\.contry: unknown; known are"),
         (
             Request("x", CUT, events=[], calendar=[{"event_type": "sale", "start_day": CUT}]),
@@ -176,7 +185,9 @@ def test_what_if_moves_the_changed_day_and_no_other(predictor: Predictor) -> Non
         ),
     ],
 )
-def test_a_request_that_cannot_be_answered_names_its_field(predictor: Predictor, request_: Request, message: str) -> None:
+def test_a_request_that_cannot_be_answered_names_its_field(
+    predictor: Predictor, request_: Request, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         predictor.predict([request_])
 

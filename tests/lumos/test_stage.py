@@ -87,7 +87,9 @@ def test_a_cut_too_early_for_the_user_is_not_supervised(tiny: Run, prepared: Pre
     assert batch["valid_BC"].tolist() == [[False, True]] * 4
     assert np.isnan(batch["daily_BCFV"][:, 0]).all()
     assert batch["pads_B"].tolist() == [0] * 4
-    assert stage.collate(young, Samples(np.arange(1), np.full(1, 19970, np.int32), np.zeros(1, np.int32)))["pads_B"] == 18
+    assert (
+        stage.collate(young, Samples(np.arange(1), np.full(1, 19970, np.int32), np.zeros(1, np.int32)))["pads_B"] == 18
+    )
 
 
 def test_an_empty_micro_batch_has_no_count_but_a_gradient(tiny: Run, prepared: Prepared, rows: Rows) -> None:

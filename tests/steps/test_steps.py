@@ -75,7 +75,11 @@ def test_training_cuts_end_before_validation_and_users_can_be_kept_apart(tiny: R
     apart = catalog.read_run(raw)
     members = {part: cut_plan(apart, part, end_day).users(rows) for part in ("train", "validate", "test")}
     assert (sum(member.astype(int) for member in members.values()) == 1).all()
-    assert {part: round(float(m.mean()), 1) for part, m in members.items()} == {"train": 0.5, "validate": 0.3, "test": 0.2}
+    assert {part: round(float(m.mean()), 1) for part, m in members.items()} == {
+        "train": 0.5,
+        "validate": 0.3,
+        "test": 0.2,
+    }
 
 
 def test_evaluate_writes_prediction_files_metrics_and_report(tiny: Run) -> None:
@@ -151,8 +155,8 @@ def test_events_after_the_cut_change_no_prediction(tiny: Run, tmp_path: Path) ->
     target.mkdir()
     pq.write_table(events.filter(day < config.day_number("2024-12-01")), target / "0.parquet")
     cutoff = changed(tiny, f"data.events.path={target}", f"root={tmp_path}/root")
-    from lum_ray.steps.predict import prediction_tables, trained_stage
     from lum_ray.data.windows import CutPlan
+    from lum_ray.steps.predict import prediction_tables, trained_stage
 
     short = prepare(dataclasses.replace(cutoff, root=str(tmp_path / "root")))
     stage = trained_stage(tiny, prepare(tiny), train(tiny), 2**31 - 1)
