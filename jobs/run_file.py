@@ -25,7 +25,7 @@ FIELDS = {
     "data.profiles": "one row a user, nulls are fine; registered, ends, segment: columns or null",
     "data.calendar": "what is known ahead; holidays: a country code such as US, or null",
     "data.time_zone": "days begin at midnight here",
-    "data.behaviours": "aggregate: sum count min max any mean n_unique; gate: the yes-or-no without which no number counts",
+    "data.behaviours": "aggregate: sum count min max any mean n_unique; gate: the yes-or-no that a number needs",
     "data.derived": "targets over days: 'no X in the next N days', 'X after N days without'",
     "data.horizons": "heads of their own over the first days after the cut: any (binary) or sum (numbers)",
     "data.max_reject_share": "more broken rows than this stop the job; they are listed in rejects/",

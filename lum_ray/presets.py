@@ -78,7 +78,7 @@ def lumos_demo() -> Run:
             test=Subset(from_day="2017-10-11", until_day="2017-12-25", every_days=7),
         ),
         section=LumosConfig(
-            history_days=252,
+            history_days=168,
             future_days=7,
             width=64,
             heads=8,
@@ -86,10 +86,10 @@ def lumos_demo() -> Run:
             swiglu_width=128,
             embed_width=64,
             dropout=0.1,
-            pad="masked",
+            pad="unread",
             season=False,
             cuts_per_window=8,
-            cut_stride_days=25,
+            cut_stride_days=20,
             causal=True,
             lag_logits=True,
             continuous="lognormal",
@@ -156,12 +156,16 @@ def lumos_oulad() -> Run:
 
 
 def lumos_simulator() -> Run:
-    """A planted world with a known oracle, three years of days, a yearly and many irregular events."""
+    """A planted world with a known oracle: three years of days, a yearly festival, matches, churn, a treatment.
+
+    The treatment works in the last seven days, which no test cut reaches: `predict --cut 2024-12-25 --cohorts ...`.
+    """
+    options = {"users": 4000, "shards": 2, "seed": 7, "world": "signal", "treatment_odds": 1.5, "treatment_days": 7}
     return Run(
         name="lumos_simulator",
         model="lumos",
         data=Data(
-            source=Source("simulator", options={"users": 3000, "shards": 2, "seed": 7, "world": "yearly"}),
+            source=Source("simulator", options=options),
             behaviours=(
                 Behaviour("active", "binary", "count()"),
                 Behaviour("purchase", "binary", "any(kind == 'purchase')"),
@@ -175,13 +179,26 @@ def lumos_simulator() -> Run:
             calendar=Calendar(),
         ),
         split=Split(
-            validate_from="2024-07-01",
+            validate_from="2024-07-15",
             train=Subset(from_day="2023-01-15"),
-            validate=Subset(from_day="2024-07-01", until_day="2024-08-15", every_days=15),
-            test=Subset(from_day="2024-09-01", until_day="2024-12-20", every_days=15),
+            validate=Subset(from_day="2024-07-15", until_day="2024-08-15", every_days=10),
+            test=Subset(from_day="2024-09-01", until_day="2024-12-15", every_days=15),
         ),
-        section=dataclasses.replace(lumos_demo().section, history_days=378, cut_stride_days=7),
-        train=Train(steps=1500, batch=64, learning_rate=2e-3),
+        section=dataclasses.replace(
+            lumos_demo().section, history_days=378, cuts_per_window=16, cut_stride_days=9, season=True, dropout=0.0
+        ),
+        train=Train(
+            steps=600,
+            batch=32,
+            micro_batch=8,
+            learning_rate=3e-3,
+            warmup_share=0.05,
+            ema=0.99,
+            validate_every=150,
+            validate_users=500,
+            checkpoint_every=150,
+            keep_best="eval/loss",
+        ),
     )
 
 

@@ -56,7 +56,7 @@ class Setting:
     future_days: int
     derived: tuple[DerivedTarget, ...] = ()
     horizons: tuple[HorizonTarget, ...] = ()
-    interval: tuple[float, float] = (0.1, 0.9)
+    interval: tuple[float, float] = (0.05, 0.95)
 
     def binary(self, column: int) -> bool:
         """Whether column C of the daily targets is a probability (derived targets are)."""
@@ -293,10 +293,23 @@ def _table(setting: Setting, model: str, seed: int, train: Cuts, test: Cuts, sco
             pieces.append(_rows(setting, model, seed, test, horizon.name, y, {"p": value, "mean": value}))
             continue
         unit, past = setting.resolutions[horizon.behaviour], train.over[:, h, None]
-        functionals = _number(setting, value, None, train_over[:, h, None], None, past, ~np.isnan(past))
-        columns = {k: v * unit for k, v in functionals.items()}
+        open_S1, p, train_p = ~np.isnan(past), None, None
+        if (g := _open_horizon(setting, horizon)) is not None:
+            p, train_p = over[:, g, None], train_over[:, g, None]
+            open_S1 &= train.over[:, g, None] == 1
+        functionals = _number(setting, value, p, train_over[:, h, None], train_p, past, open_S1)
+        columns = {k: v if k == "p" else v * unit for k, v in functionals.items()}
         pieces.append(_rows(setting, model, seed, test, horizon.name, y * unit, columns))
     return pa.concat_tables(pieces)
+
+
+def _open_horizon(setting: Setting, horizon: HorizonTarget) -> int | None:
+    """The horizon target that says whether the gate of a sum opens on any of the same days, if there is one."""
+    gate = setting.gates[horizon.behaviour]
+    for index, other in enumerate(setting.horizons):
+        if other.over == "any" and other.days == horizon.days and setting.names[other.behaviour] == gate:
+            return index
+    return None
 
 
 def _number(

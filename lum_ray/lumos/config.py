@@ -38,8 +38,10 @@ class LumosConfig:
     input_dropout: float = 0.0
     """On the daily tokens."""
     positions: Literal["learned", "sinusoidal", "rope", "time2vec"] = "learned"
-    pad: Literal["learned", "zero", "masked"] = "learned"
-    """Days before the user existed: a learned vector u_pad (the paper), the zero day, or not attended to at all."""
+    pad: Literal["learned", "zero", "unread", "masked"] = "learned"
+    """Days before the user existed: a learned vector u_pad (the paper), the zero day, or, Departs: `unread`, u_pad
+    but hidden from the decoder (as cheap as the paper's), or `masked`, not attended to at all (a bias for each window,
+    which costs B * heads * T * T numbers)."""
     past_events: bool = True
     """Whether calendar events reach the history (weekday and season do in any case)."""
     future_events: bool = True

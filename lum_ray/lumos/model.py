@@ -102,7 +102,7 @@ class Tokenizer(nn.Module):
         self.event = MLP(inputs.event_width, embed, config.embed_layers)
         self.static = MLP(static_width, embed, config.embed_layers) if config.static and static_width else None
         self.categories = nn.ModuleList(nn.Embedding(size, CATEGORY_WIDTH) for size in sizes if self.static)
-        self.u_pad = nn.Parameter(torch.randn(behaviours)) if config.pad == "learned" else None
+        self.u_pad = nn.Parameter(torch.randn(behaviours)) if config.pad in ("learned", "unread") else None
         self.project_in = nn.Linear(embed * (3 if self.static else 2), width)
         self.project_out = nn.Linear(width, width)
 
@@ -378,7 +378,7 @@ class Lumos(nn.Module):
         elif self.config.causal:
             bias = torch.where(lag_bct < 0, -torch.inf, 0.0)[:, None, :, None]
             bias = bias.expand(-1, -1, -1, queries, -1).flatten(2, 3)
-        if self.config.pad == "masked":
+        if self.config.pad in ("masked", "unread"):
             hidden = (memory.pad_BT * HIDDEN_PAD)[:, None, None]
             bias = hidden if bias is None else bias + hidden
         return bias

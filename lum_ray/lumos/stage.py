@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.windows import history, targets
+from lum_ray.data.windows import HorizonTarget, history, targets
 from lum_ray.lumos import losses
 from lum_ray.lumos.collate import Calendar, EventLayout, as_of_days, profile_arrays, stand_in
 from lum_ray.lumos.config import Inputs, LumosConfig
@@ -137,14 +137,28 @@ def functionals(module: Lumos, outputs: dict[str, torch.Tensor]) -> tuple[dict[s
     """What a prediction file holds, for days (B, C, F, V) and for horizons (B, C, H), float32.
 
     p: of a yes, or of an open gate; mean: unconditional; median, low, high (5 %, 95 %): given that the gate is open,
-    because the hurdle metrics judge the chance and the amount apart.
+    because the hurdle metrics judge the chance and the amount apart. A sum over a horizon has a gate only where
+    that has an `any` head over the same days; else p is NaN and all its figures are unconditional.
     """
-    names = {"p": "p", "mean": "mean", "median": "median_given", "low": "low_given", "high": "high_given"}
     days, over = module.objective.read(outputs)
-    return (
-        {name: days[source].float().cpu().numpy() for name, source in names.items()},
-        {name: over[source].float().cpu().numpy() for name, source in names.items()},
-    )
+    gated = torch.tensor([_has_gate(module.inputs, item) for item in module.inputs.horizons], dtype=torch.bool)
+    given = {name: f"{name}_given" for name in ("median", "low", "high")}
+    daily = {name: days[given.get(name, name)] for name in ("p", "mean", *given)}
+    horizon = {"p": over["p"], "mean": over["mean"]}
+    if len(gated):
+        any_of = torch.tensor([item.over == "any" for item in module.inputs.horizons])
+        keep = (gated | any_of).to(over["p"].device)
+        horizon["p"] = torch.where(keep, over["p"], torch.nan)
+        horizon |= {name: torch.where(keep, over[source], over[name]) for name, source in given.items()}
+    else:
+        horizon |= {name: over[name] for name in given}
+    return tuple({name: value.float().cpu().numpy() for name, value in part.items()} for part in (daily, horizon))  # type: ignore[return-value]
+
+
+def _has_gate(inputs: Inputs, item: HorizonTarget) -> bool:
+    """Whether there is an `any` head of the item's gate over the same days."""
+    gate = inputs.behaviours[item.behaviour].gate
+    return any(other.over == "any" and (other.behaviour, other.days) == (gate, item.days) for other in inputs.horizons)
 
 
 def prediction_rows(found: tuple[dict[str, Floats], dict[str, Floats]], batch: Batch, inputs: Inputs) -> Arrays:
