@@ -48,7 +48,7 @@ def run_demo(run: Run, say: Callable[[str], None]) -> None:
             answer = client.predict([user]).model_dump(mode="json")
             _show(say, f"POST {server.url}/v1/lumos/predict", {"users": [user.plain()]}, _headline(answer))
             info = client.models()[0]
-            day = answer["predictions"][0]["days"][3]["day"]
+            day = answer["answers"][0]["days"][3]["day"]
             kind = next(name for name in info.event_types if name == "holiday" or name == info.event_types[-1])
             scenario = [CalendarRow(event_type=kind, start_day=day)]
             changed = client.what_if([user], [scenario]).model_dump(mode="json")
@@ -67,12 +67,12 @@ def _show(say: Callable[[str], None], request: str, body: Any, answer: Any) -> N
 
 def _headline(answer: dict[str, Any]) -> dict[str, Any]:
     """The first day and the horizons of an answer, rounded."""
-    one = answer["predictions"][0]
+    one = answer["answers"][0]
     return {"day": one["days"][0]["day"], **_rounded(one["days"][0]["behaviours"]), **_rounded(one["horizons"])}
 
 
 def _difference(answer: dict[str, Any], day: int) -> dict[str, Any]:
-    one = answer["results"][0]["scenarios"][0]
+    one = answer["answers"][0]["scenarios"][0]
     moved = one["difference"]["days"][day]
     return {
         "day": moved["day"],

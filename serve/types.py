@@ -148,12 +148,14 @@ class Model(BaseModel):
 
 class Values(BaseModel):
     """`p` for yes-or-no behaviours. For numbers: `p` that there is any (where the behaviour has a gate), the mean over
-    all days, and the median and the 5 % and 95 % quantiles given that there is any.
+    all days, and the median, the 5 % and 95 % quantiles and the forecast with the least expected percentage error given
+    that there is any.
     """
 
     p: float | None = None
     mean: float | None = None
     median: float | None = None
+    least_mape: float | None = None
     low: float | None = None
     high: float | None = None
 

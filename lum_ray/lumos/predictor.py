@@ -29,7 +29,7 @@ from lum_ray.stage import to_device
 
 __all__ = ["FAR_FUTURE", "Answer", "Nearness", "Predictor", "Request", "WhatIf"]
 
-FUNCTIONALS = ("p", "mean", "median", "low", "high")
+FUNCTIONALS = ("p", "mean", "median", "least_mape", "low", "high")
 Values = dict[str, float]
 
 
@@ -37,7 +37,8 @@ Values = dict[str, float]
 class Answer:
     """`days`: [{day, behaviours: {name: {p | mean, median, low, high}}}]; `horizons`: {name: {...}}.
 
-    Numbers with a gate hold p = P(gate open), the mean over all days, and median, low, high (5 %, 95 %) given the gate.
+    Numbers with a gate hold p = P(gate open), the mean over all days, and median, low, high (5 %, 95 %)
+    and least_mape (the forecast with the least expected percentage error) given the gate.
     """
 
     user: str
@@ -116,7 +117,7 @@ class Predictor:
             "checkpoint": uri.rstrip("/").rsplit("/", 1)[-1],
             "behaviours": list(inputs.terms), "event_types": list(inputs.event_types),
             "history_days": run.section.history_days, "future_days": run.section.future_days,
-            "start_day": record["start_day"], "end_day": record["end_day"],
+            "start_day": record["start_day"], "end_day": record["end_day"], "event_columns": record["event_columns"],
         }  # fmt: skip
         reader = RequestReader(
             run, stage.calendar.layout, record["event_columns"], record["start_day"], record["end_day"], history_of
@@ -125,6 +126,11 @@ class Predictor:
             torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
         )
         return cls(stage, reader, info, Nearness(reference["event_rows_ES"], reference["distances"]), place)
+
+    @property
+    def dated(self) -> bool:
+        """Whether days are ISO dates in requests and answers, as in the run file (else day numbers)."""
+        return self.requests.dated
 
     def predict(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request. Raises UserError naming the field of a request that cannot be answered."""

@@ -134,7 +134,8 @@ class LumosStage:
 
 
 def functionals(module: Lumos, outputs: dict[str, torch.Tensor]) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """What a prediction file holds, for days (B, C, F, V) and for horizons (B, C, H), float32.
+    """What a prediction file holds, for days (B, C, F, V) and for horizons (B, C, H), float32; and `least_mape`, the
+    forecast with the least expected percentage error, given that there is anything to forecast.
 
     p: of a yes, or of an open gate; mean: unconditional; median, low, high (5 %, 95 %): given that the gate is open,
     because the hurdle metrics judge the chance and the amount apart. A sum over a horizon has a gate only where
@@ -143,8 +144,10 @@ def functionals(module: Lumos, outputs: dict[str, torch.Tensor]) -> tuple[dict[s
     days, over = module.objective.read(outputs)
     gated = torch.tensor([_has_gate(module.inputs, item) for item in module.inputs.horizons], dtype=torch.bool)
     given = {name: f"{name}_given" for name in ("median", "low", "high")}
-    daily = {name: days[given.get(name, name)] for name in ("p", "mean", *given)}
-    horizon = {"p": over["p"], "mean": over["mean"]}
+    daily = {name: days[given.get(name, name)] for name in ("p", "mean", *given)} | {
+        "least_mape": days["least_mape_given"]
+    }
+    horizon = {"p": over["p"], "mean": over["mean"], "least_mape": over["least_mape_given"]}
     if len(gated):
         any_of = torch.tensor([item.over == "any" for item in module.inputs.horizons])
         keep = (gated | any_of).to(over["p"].device)
