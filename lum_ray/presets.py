@@ -78,7 +78,7 @@ def lumos_demo() -> Run:
             test=Subset(from_day="2017-10-11", until_day="2017-12-25", every_days=7),
         ),
         section=LumosConfig(
-            history_days=168,
+            history_days=252,
             future_days=7,
             width=64,
             heads=8,
@@ -87,15 +87,16 @@ def lumos_demo() -> Run:
             embed_width=64,
             dropout=0.1,
             pad="unread",
+            positions="lags",
             season=False,
             cuts_per_window=8,
-            cut_stride_days=20,
+            cut_stride_days=25,
             causal=True,
             lag_logits=True,
             continuous="lognormal",
         ),
         train=Train(
-            steps=400,
+            steps=500,
             batch=32,
             micro_batch=32,
             learning_rate=3e-3,
@@ -185,7 +186,13 @@ def lumos_simulator() -> Run:
             test=Subset(from_day="2024-09-01", until_day="2024-12-15", every_days=15),
         ),
         section=dataclasses.replace(
-            lumos_demo().section, history_days=378, cuts_per_window=16, cut_stride_days=9, season=True, dropout=0.0
+            lumos_demo().section,
+            history_days=378,
+            heads=4,
+            cuts_per_window=16,
+            cut_stride_days=9,
+            season=True,
+            dropout=0.0,
         ),
         train=Train(
             steps=600,

@@ -78,7 +78,7 @@ def signal_run(root: str, quick: bool) -> Run:
 def null_run(root: str, quick: bool) -> Run:
     """Activity and spends without any signal."""
     run = presets.lumos_simulator()
-    section = dataclasses.replace(run.section, history_days=84, cuts_per_window=6, width=32, swiglu_width=64, heads=4)
+    section = dataclasses.replace(run.section, history_days=84, cuts_per_window=6, width=32, swiglu_width=64)
     run = dataclasses.replace(run, section=section, train=dataclasses.replace(run.train, steps=250, micro_batch=32))
     return _sized(run, "simulator_null", root, quick, {"world": "null", "treatment_odds": 1.0})
 

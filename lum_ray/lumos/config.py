@@ -37,7 +37,9 @@ class LumosConfig:
     random numbers costs more than the attention itself."""
     input_dropout: float = 0.0
     """On the daily tokens."""
-    positions: Literal["learned", "sinusoidal", "rope", "time2vec"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rope", "time2vec", "lags"] = "learned"
+    """Departs: `lags` learns positions of future days only. With several cuts in a window a past day has no one
+    position; `lag_logits` tell how long before each cut it was."""
     pad: Literal["learned", "zero", "unread", "masked"] = "learned"
     """Days before the user existed: a learned vector u_pad (the paper), the zero day, or, Departs: `unread`, u_pad
     but hidden from the decoder (as cheap as the paper's), or `masked`, not attended to at all (a bias for each window,
@@ -85,6 +87,8 @@ class LumosConfig:
             raise ValueError(f"width: expected a multiple of heads ({self.heads}), got {self.width}")
         if self.positions == "rope" and (self.width // self.heads) % 2:
             raise ValueError(f"positions: rope needs an even width per head, got {self.width} / {self.heads}")
+        if self.positions == "lags" and not self.lag_logits:
+            raise ValueError("positions: `lags` needs lag_logits: true, else nothing tells past days apart")
         for name in ("dropout", "input_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")

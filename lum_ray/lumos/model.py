@@ -192,9 +192,9 @@ class Lumos(nn.Module):
         self.tokenizer = Tokenizer(config, inputs)
         self.future = MLP(inputs.event_width, config.embedding, config.embed_layers, width)
         self.horizon_HD = nn.Parameter(torch.zeros(len(inputs.horizons), width)) if inputs.horizons else None
-        learned = config.positions == "learned"
-        self.position_TD = nn.Parameter(torch.zeros(config.history_days, width)) if learned else None
-        self.position_FD = nn.Parameter(torch.zeros(config.future_days, width)) if learned else None
+        past, future = config.positions == "learned", config.positions in ("learned", "lags")
+        self.position_TD = nn.Parameter(torch.zeros(config.history_days, width)) if past else None
+        self.position_FD = nn.Parameter(torch.zeros(config.future_days, width)) if future else None
         self.time2vec = nn.Linear(1, width) if config.positions == "time2vec" else None
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.encoder = nn.ModuleList(

@@ -16,7 +16,7 @@ CONFIGS = {
     "paper": TINY,
     "dense": busy(TINY),
     "masked pads": replace(TINY, pad="masked"),
-    "dense, unread pads": replace(busy(TINY), pad="unread"),
+    "dense, unread pads, lags": replace(busy(TINY), pad="unread", positions="lags"),
     "dense, masked pads, rope": replace(busy(TINY), pad="masked", positions="rope"),
     "lags without causality": replace(TINY, lag_logits=True),
     "causality without lags": replace(TINY, causal=True, cuts_per_window=2, cut_stride_days=3),
@@ -176,7 +176,7 @@ def test_activity_on_a_pad_day_is_ignored_in_both_forms() -> None:
     torch.testing.assert_close(model(tensors(without))["daily_BCFVP"], fast, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dense", "causality without lags", "dense, masked pads, rope", "dense, unread pads"])
+@pytest.mark.parametrize("name", ["dense", "causality without lags", "dense, masked pads, rope", "dense, unread pads, lags"])
 @torch.no_grad()
 def test_cuts_of_one_pass_equal_passes_of_one_cut(name: str) -> None:
     config = CONFIGS[name]
