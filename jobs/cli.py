@@ -20,10 +20,16 @@ from lum_ray.artifacts import UserError, join
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
+if not console.is_terminal:
+    console.width = max(console.width, 140)  # a log file has room for the table of metrics
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN", help="a run file, or the name of a preset")]
 Root = Annotated[str | None, typer.Option("--root", help="where artifacts go: a folder or s3://bucket/path")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="override one field; repeatable")]
+
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="URI", help="an earlier checkpoint, instead of training on the newest data")
+]
 
 HEADLINE = {"binary": "eval/roc_auc", "continuous": "eval/wmape", "count": "eval/wmape"}
 
@@ -55,7 +61,7 @@ def load(run: str, root: str | None, assignments: list[str] | None) -> config.Ru
 
 def say(text: str) -> None:
     """What the steps report, on stderr."""
-    console.print(f"[dim]·[/] {_plain(text)}", highlight=False)
+    console.print(f"[dim]·[/] {_plain(text)}", highlight=False, soft_wrap=True)
 
 
 def done(uri: str) -> None:
@@ -148,12 +154,13 @@ def predict(
     ] = None,
     cohorts: Annotated[str, typer.Option(help="shares such as treatment:0.5,control:0.5")] = "",
     salt: Annotated[str, typer.Option(help="another salt is another assignment")] = "lum_ray",
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Predict every user's coming days into parquet files, with a stable assignment to cohorts where asked."""
     from lum_ray.steps import predict as step
 
     day: int | str | None = int(cut) if cut is not None and cut.lstrip("-").isdigit() else cut
-    done(step(load(run, root, set_), say, day, shares(cohorts), salt))
+    done(step(load(run, root, set_), say, day, shares(cohorts), salt, checkpoint))
 
 
 def shares(text: str) -> dict[str, float]:
@@ -179,7 +186,7 @@ def publish(run: RunFile, root: Root = None, set_: Set = None) -> None:
 
 
 @app.command()
-def serve(run: RunFile, root: Root = None, set_: Set = None) -> None:
+def serve(run: RunFile, root: Root = None, set_: Set = None, checkpoint: Checkpoint = None) -> None:
     """Serve the run's model over HTTP (trains and publishes what is missing) until Ctrl-C."""
     from lum_ray.steps import publish as step_publish
     from lum_ray.steps import train as step_train
@@ -188,9 +195,9 @@ def serve(run: RunFile, root: Root = None, set_: Set = None) -> None:
     from serve.app import until_signal
 
     loaded = load(run, root, set_)
-    checkpoint, state = step_train(loaded, say), step_publish(loaded, say)
+    weights, state = checkpoint or step_train(loaded, say), step_publish(loaded, say)
     start_ray()
-    server = start_server(checkpoint, state, loaded.serve)
+    server = start_server(weights, state, loaded.serve)
     say(f"serving at {server.url}, its description at {server.url}/docs; Ctrl-C ends it")
     done(server.url)
     until_signal(server)

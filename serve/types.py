@@ -149,7 +149,8 @@ class Model(BaseModel):
 class Values(BaseModel):
     """`p` for yes-or-no behaviours. For numbers: `p` that there is any (where the behaviour has a gate), the mean over
     all days, and the median, the 5 % and 95 % quantiles and the forecast with the least expected percentage error given
-    that there is any.
+    that there is any. A sum over a horizon whose gate has no head of its own comes without `p`, and all its
+    figures are over all users.
     """
 
     p: float | None = None

@@ -294,9 +294,9 @@ def _table(setting: Setting, model: str, seed: int, train: Cuts, test: Cuts, sco
             continue
         unit, past = setting.resolutions[horizon.behaviour], train.over[:, h, None]
         open_S1, p, train_p = ~np.isnan(past), None, None
-        if (g := _open_horizon(setting, horizon)) is not None:
-            p, train_p = over[:, g, None], train_over[:, g, None]
-            open_S1 &= train.over[:, g, None] == 1
+        if (opened := _open_horizon(setting, horizon)) is not None:
+            p, train_p = over[:, opened, None], train_over[:, opened, None]
+            open_S1 &= train.over[:, opened, None] == 1
         functionals = _number(setting, value, p, train_over[:, h, None], train_p, past, open_S1)
         columns = {k: v if k == "p" else v * unit for k, v in functionals.items()}
         pieces.append(_rows(setting, model, seed, test, horizon.name, y * unit, columns))

@@ -14,7 +14,6 @@ from typing import Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -37,6 +36,11 @@ SCHEMA = pa.schema(
         ("seed", pa.int32()),
     ]
 )
+TEXTS = ["user", "behaviour", "model"]
+CODED = pa.schema(
+    [pa.field(f.name, pa.dictionary(pa.int32(), pa.string()) if f.name in TEXTS else f.type) for f in SCHEMA]
+)
+"""The schema in memory: millions of rows hold few distinct texts."""
 FUNCTIONALS = ("p", "mean", "median", "low", "high")
 _MOST_OFFENDERS = 5
 
@@ -97,7 +101,7 @@ def _read(uri: str) -> pa.Table:
     place = storage(uri)
     with place.filesystem.open_input_file(place.path) as source:
         try:
-            table = pq.ParquetFile(source).read()
+            table = pq.ParquetFile(source, read_dictionary=TEXTS).read()
         except pa.ArrowInvalid as error:
             raise UserError(f"{uri}: expected a whole parquet file: {error}; write the predictions again") from error
     return _conform(table, uri)
@@ -111,7 +115,7 @@ def _conform(table: pa.Table, where: str) -> pa.Table:
             "fill a column that a model does not predict with NaN"
         )
     try:
-        table = table.select(SCHEMA.names).cast(SCHEMA)
+        table = table.select(SCHEMA.names).cast(CODED)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise UserError(f"{where}: a column has not the type of a prediction file: {error}") from error
     for name in ("user", "cut_day", "day", "behaviour", "model", "seed"):
@@ -134,7 +138,7 @@ def check(table: pa.Table, tasks: Mapping[str, Task]) -> Predictions:
             f"unknown: {_list(unknown)}; without a row: {_list(absent)}"
         )
     seed = table["seed"].to_numpy().astype(np.int64)
-    numbers = {name: table[name].to_numpy().astype(np.float64) for name in (*FUNCTIONALS, "y")}
+    numbers = {name: table[name].to_numpy() for name in (*FUNCTIONALS, "y")}
     cut, day = (table[name].to_numpy().astype(np.int64) for name in ("cut_day", "day"))
 
     seeds, seed_code = np.unique(seed, return_inverse=True)
@@ -165,7 +169,7 @@ def check(table: pa.Table, tasks: Mapping[str, Task]) -> Predictions:
             outcomes[name], first[name] = rows, label
         else:
             _same_rows(users, outcomes[name], rows, first[name], label)
-        forecast = {column: numbers[column][index] for column in FUNCTIONALS}
+        forecast = {column: numbers[column][index].astype(np.float64) for column in FUNCTIONALS}
         _finite(users, rows, forecast, tasks[name], label)
         forecasts[name, who, run] = forecast
     for name in behaviours:
@@ -177,9 +181,7 @@ def check(table: pa.Table, tasks: Mapping[str, Task]) -> Predictions:
 
 def _codes(column: pa.ChunkedArray) -> tuple[list[str], Ints]:
     """Sorted distinct values, and each row's index into them."""
-    encoded = pc.dictionary_encode(column.combine_chunks())
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
+    encoded = column.unify_dictionaries().combine_chunks()
     values = encoded.dictionary.to_pylist()
     ranked = sorted(range(len(values)), key=values.__getitem__)
     rank = np.empty(len(values), dtype=np.int64)

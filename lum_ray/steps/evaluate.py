@@ -65,6 +65,14 @@ def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Evalu
     predictions = read_predictions(join(folder, "predictions"), tasks_of(run))
     log(f"scoring {len(predictions.models)} models on {len(predictions.users):,} users")
     table = protocol.evaluate(predictions, tasks_of(run), ours=run.name)
+    blind = sorted(
+        name for name, outcome in predictions.outcomes.items() if len(np.unique(outcome.y[~np.isnan(outcome.y)])) < 2
+    )
+    if blind:
+        log(
+            f"no two different outcomes are known on the test days of {', '.join(blind)}: "
+            "no metric can tell models apart there"
+        )
     write_table(join(uri, "metrics.parquet"), table)
     log("drawing the report")
     write_report(join(uri, "report.html"), _facts(run, prepared, checkpoint, stage, predictions, table))

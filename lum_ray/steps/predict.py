@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lum_ray import config, weights
-from lum_ray.artifacts import UserError, commit, digest, find, join, write_table
+from lum_ray import catalog, config, weights
+from lum_ray.artifacts import UserError, commit, digest, find, join, read_json, write_table
 from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -19,12 +19,13 @@ from lum_ray.data.rows import Rows, Samples
 from lum_ray.data.state import State, write_state
 from lum_ray.data.windows import CutPlan
 from lum_ray.evaluation.predictions import SCHEMA
+from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.predictor import FAR_FUTURE, Predictor
 from lum_ray.lumos.stage import LumosStage
 from lum_ray.stage import Arrays, to_device
 from lum_ray.steps.prepare import Log, Prepared, prepare, silent
 from lum_ray.steps.session import start_ray
-from lum_ray.steps.train import make_stage, train
+from lum_ray.steps.train import train
 
 BATCH = 512
 
@@ -47,10 +48,12 @@ def publish(run: Run, log: Log = silent) -> str:
     return uri
 
 
-def open_predictor(run: Run, log: Log = silent) -> Predictor:
-    """The run's predictor with its published histories behind user ids; trains and publishes what is missing."""
-    checkpoint = train(run, log)
-    return Predictor.load(checkpoint, State.open(publish(run, log)).rows)
+def open_predictor(run: Run, log: Log = silent, checkpoint: str | None = None) -> Predictor:
+    """The run's predictor with its published histories behind user ids; trains and publishes what is missing.
+
+    `checkpoint` takes an earlier one instead of training: yesterday's model on today's histories.
+    """
+    return Predictor.load(checkpoint or train(run, log), State.open(publish(run, log)).rows)
 
 
 def predict(
@@ -59,15 +62,16 @@ def predict(
     cut_day: int | str | None = None,
     cohorts: Mapping[str, float] | None = None,
     salt: str = "lum_ray",
+    checkpoint: str | None = None,
 ) -> str:
     """Predict every user's coming days from `cut_day` (default: the day after the data) on, and return the URI.
 
     The folder holds `predictions/*.parquet` (the schema of prediction files) and, with `cohorts` (name -> share),
     `cohorts.parquet` (user, cohort), a stable assignment by hash of (salt, user). With `engine: ray` the buckets are
-    spread with Ray Data.
+    spread with Ray Data. `checkpoint` takes an earlier one instead of training: yesterday's model on today's events.
     """
     prepared = prepare(run, log)
-    checkpoint = train(run, log)
+    checkpoint = checkpoint or train(run, log)
     manifest = prepared.timelines.manifest
     cut = config.day_number(cut_day) if cut_day is not None else int(manifest["end_day"])
     if not int(manifest["first_day"]) < cut <= int(manifest["end_day"]):
@@ -77,7 +81,7 @@ def predict(
         )
     assignment = dict(cohorts or {})
     check_cohorts(assignment)
-    name = digest("predictions", checkpoint.rsplit("/", 1)[-1], cut, assignment, salt)
+    name = digest("predictions", manifest["digest"], checkpoint.rsplit("/", 1)[-1], cut, assignment, salt)
     uri = join(run.root, "predictions", f"{run.name}-{name}")
     if find(uri) is not None:
         log("already predicted")
@@ -110,8 +114,6 @@ class _Work:
         self.plain, self.prepared, self.checkpoint, self.uri, self.cut = plain, prepared, checkpoint, uri, cut
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        from lum_ray import catalog
-
         run, lane = catalog.read_run(dict(self.plain)), int(row["item"])
         stage = trained_stage(run, self.prepared, self.checkpoint, FAR_FUTURE)
         plan = CutPlan(self.cut, self.cut, 1, 0)
@@ -125,8 +127,29 @@ class _Work:
 
 
 def trained_stage(run: Run, prepared: Prepared, checkpoint: str, until_day: int) -> LumosStage:
-    """The run's stage with the best weights of `checkpoint`, on the device that there is."""
-    stage = make_stage(run, prepared, until_day)
+    """The stage of `checkpoint` (its best weights, its own scales and vocabularies) over the run's artifacts, on the
+    device that there is.
+
+    Raises UserError where the run's behaviours are not those that the checkpoint was trained on.
+    """
+    try:
+        record = read_json(join(checkpoint, "run.json"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{checkpoint}: expected a checkpoint, found no run.json; train one with `lum-ray train`"
+        ) from None
+    trained = catalog.read_run(record["run"])
+    if trained.data.behaviours != run.data.behaviours:
+        raise UserError(
+            f"{checkpoint}: trained on other behaviours than the run's; use the run file that it was trained with"
+        )
+    stage = LumosStage(
+        trained.section,
+        Inputs.from_json(record["inputs"]),
+        prepared.calendar_table if run.data.calendar else None,
+        until_day,
+        run.split.min_history_days,
+    )
     stage.module.load_state_dict(weights.load(checkpoint).tensors)
     stage.module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return stage

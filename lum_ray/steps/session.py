@@ -17,8 +17,8 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # workers must not size their thread pools for the whole machine
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # its C++ part reports on stderr what no user can act on, such as how Serve's actors end
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return

@@ -176,7 +176,9 @@ def test_activity_on_a_pad_day_is_ignored_in_both_forms() -> None:
     torch.testing.assert_close(model(tensors(without))["daily_BCFVP"], fast, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dense", "causality without lags", "dense, masked pads, rope", "dense, unread pads, lags"])
+@pytest.mark.parametrize(
+    "name", ["dense", "causality without lags", "dense, masked pads, rope", "dense, unread pads, lags"]
+)
 @torch.no_grad()
 def test_cuts_of_one_pass_equal_passes_of_one_cut(name: str) -> None:
     config = CONFIGS[name]
