@@ -125,22 +125,31 @@ class SelfAttention(nn.Module):
 
 class CrossAttention(nn.Module):
     """Multi-head attention of queries to a memory; the memory's keys and values are computed apart, so that they can
-    be kept. Source: LUMOS, eqs. 3 to 6."""
+    be kept. Source: LUMOS, eqs. 3 to 6.
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, gain: float = 1.0) -> None:
+    With `raw_width` U every head also averages U given numbers of each memory position, as they are, with the same
+    weights; a matrix of their own brings the M * U averages into the output.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, gain: float = 1.0, raw_width: int = 0) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
+        self.raw_out = nn.Linear(heads * raw_width, width, bias=False) if raw_width else None
         self.q = nn.Linear(width, width, bias=False)
         self.kv = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         with torch.no_grad():
             self.q.weight.mul_(gain)
 
-    def keys_values(self, memory_BTD: Tensor, turned: Rotation | None = None, plain: bool = False) -> KeysValues:
+    def keys_values(
+        self, memory_BTD: Tensor, turned: Rotation | None = None, plain: bool = False, raw_BTU: Tensor | None = None
+    ) -> KeysValues:
         if plain:
             k, v = (split_heads(F.linear(memory_BTD, weight), self.heads) for weight in self.kv.weight.chunk(2))
         else:
             k, v = (split_heads(part, self.heads) for part in self.kv(memory_BTD).chunk(2, dim=-1))
+        if self.raw_out is not None and raw_BTU is not None:
+            v = torch.cat([v, raw_BTU.to(v.dtype)[:, None].expand(-1, self.heads, -1, -1)], dim=-1)
         return turn(k, turned), v
 
     def forward(
@@ -153,7 +162,11 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         q = turn(split_heads(self.q(x_BQD), self.heads), turned)
         dropout = self.dropout if self.training else 0.0
-        return self.out(join_heads(attend(q, *memory, bias, False, dropout, plain)))  # type: ignore[no-any-return]
+        mixed = attend(q, *memory, bias, False, dropout, plain)
+        result: Tensor = self.out(join_heads(mixed[..., : q.shape[-1]]))
+        if self.raw_out is not None:
+            result = result + self.raw_out(join_heads(mixed[..., q.shape[-1] :]))
+        return result
 
     def weights(self, x_BQD: Tensor, memory: KeysValues, bias: Tensor | None, turned: Rotation | None) -> Tensor:
         """What `forward` mixes with: (B, M, Q, T), each row adds up to 1."""

@@ -93,6 +93,7 @@ def lumos_demo() -> Run:
             cut_stride_days=25,
             causal=True,
             lag_logits=True,
+            raw_values=True,
             continuous="lognormal",
         ),
         train=Train(

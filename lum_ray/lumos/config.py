@@ -66,6 +66,10 @@ class LumosConfig:
     """Departs: a learned bias per (head, query, days before the cut) on the decoder's attention scores, started as
     exponential decays of several lengths; with `causal` the encoder's scores get fixed decays (as ALiBi)."""
 
+    raw_values: bool = False
+    """Departs: the decoder's attention averages the scaled behaviours of the days too, beside their encoded states, so
+    that a behaviour that is rare need not first be learned through the encoder to be counted."""
+
     def __post_init__(self) -> None:
         for name in (
             "history_days",

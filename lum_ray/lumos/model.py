@@ -115,6 +115,12 @@ class Tokenizer(nn.Module):
         embedded: Tensor = self.static(x_BW.to(self.project_in.weight.dtype))
         return embedded
 
+    def activity(self, batch: Batch, pad_BT: Tensor) -> Tensor:
+        """The scaled behaviours of every day (B, T, U), 0 on idle days and on pads."""
+        x_AU = self.measured.activity(batch["values_AU"])
+        dense = x_AU.new_zeros(pad_BT.numel(), x_AU.shape[1]).index_put((batch["slot_A"],), x_AU)
+        return dense.view(*pad_BT.shape, -1).masked_fill(pad_BT[..., None], 0.0)
+
     def forward(self, batch: Batch, rows_ES: Tensor, pad_BT: Tensor, plain: bool = False) -> Tensor:
         """Tokens (B, T, D). `plain` builds every day's three vectors and concatenates them; the other form splits the
         projection's first layer by modality, so that events run on distinct rows, static attributes once a window and
@@ -156,10 +162,10 @@ class DecoderLayer(nn.Module):
     """Pre-norm cross-attention and SwiGLU; no self-attention, so that each future day stands alone (unless
     `self_attention`, an ablation). Source: LUMOS, eqs. 2 to 6."""
 
-    def __init__(self, config: LumosConfig, gain: float) -> None:
+    def __init__(self, config: LumosConfig, gain: float, behaviours: int) -> None:
         super().__init__()
         self.cross_norm, self.swiglu_norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.cross = CrossAttention(config.width, config.heads, gain=gain)
+        self.cross = CrossAttention(config.width, config.heads, gain=gain, raw_width=behaviours * config.raw_values)
         self.swiglu = SwiGLU(config.width, config.swiglu_width)
         among = config.decoder_self_attention
         self.among_norm = nn.LayerNorm(config.width) if among else None
@@ -202,7 +208,9 @@ class Lumos(nn.Module):
             for _ in range(config.encoder_layers)
         )
         self.encoder_norm = nn.LayerNorm(width)
-        self.decoder = nn.ModuleList(DecoderLayer(config, gain) for _ in range(config.decoder_layers))
+        self.decoder = nn.ModuleList(
+            DecoderLayer(config, gain, len(inputs.behaviours)) for _ in range(config.decoder_layers)
+        )
         self.decoder_norm = nn.LayerNorm(width)
         self.lag_MQT: nn.Parameter | None = None
         if config.lag_logits:
@@ -244,7 +252,8 @@ class Lumos(nn.Module):
         for layer in self.encoder:
             x_BTD = layer(x_BTD, bias, causal, turned, plain)
         states_BTD = self.encoder_norm(x_BTD)
-        kept = tuple(layer.cross.keys_values(states_BTD, turned, plain) for layer in self._decoder_layers())
+        raw = self.tokenizer.activity(batch, pad_BT) if config.raw_values else None
+        kept = tuple(layer.cross.keys_values(states_BTD, turned, plain, raw) for layer in self._decoder_layers())
         return Memory(states_BTD, kept, pad_BT)
 
     def decode(
