@@ -82,13 +82,14 @@ def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Any]:
         place = storage(uri)
         write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
         commit(uri, {"kind": "raw", "digest": name, "source": asdict(source)})
+    own = [table.path if table else None for table in (data.events, data.profiles, data.calendar)]
     return (
         RawTables(
-            data.events.path or join(uri, "events"),
-            (data.profiles.path or join(uri, "profiles")) if data.profiles else None,
-            (data.calendar.path or join(uri, "calendar")) if data.calendar else None,
+            own[0] or join(uri, "events"),
+            (own[1] or join(uri, "profiles")) if data.profiles else None,
+            (own[2] or join(uri, "calendar")) if data.calendar else None,
         ),
-        ["source", name],
+        ["source", name, *(fingerprint(path) if path else None for path in own)],
     )
 
 

@@ -303,12 +303,28 @@ def _import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls the old names of two collectives at every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    import deepspeed
+    with _silent_stderr():
+        import deepspeed
 
     if device.type == "cpu":
         # Otherwise DeepSpeed compiles a shared-memory extension for minutes; a killed build hangs the next one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """At its import DeepSpeed asks the linker for libraries of extensions that we never use; the linker's complaints go
+    past Python to the file descriptor. Python's own exceptions are not touched."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _join(deepspeed: Any, device: torch.device, rank: int, world: int) -> bool:

@@ -123,6 +123,32 @@ def test_predict_covers_every_user_and_assigns_cohorts_that_stay(tiny: Run) -> N
         by_cohort(tiny, coming)
 
 
+def test_an_earlier_checkpoint_predicts_newer_data(tiny: Run, tmp_path: Path) -> None:
+    """Yesterday's model on today's tables: its own scales and vocabularies, no training."""
+    folder = next((Path(tiny.root) / "raw").iterdir())
+    events = pq.read_table(folder / "events")
+    target = tmp_path / "events"
+    target.mkdir()
+    pq.write_table(events.slice(0, events.num_rows // 2), target / "0.parquet")
+    pq.write_table(events.slice(events.num_rows // 2), target / "1.parquet")
+    newer = changed(tiny, f"data.events.path={target}")
+    assert prepare(newer).fitted.uri != prepare(tiny).fitted.uri
+    said: list[str] = []
+    uri = predict(newer, said.append, cut_day="2024-12-01", checkpoint=train(tiny))
+    assert not any("training" in text for text in said)
+    keys = [("user", "ascending"), ("day", "ascending"), ("behaviour", "ascending")]
+    one, other = (
+        pq.read_table(Path(place) / "predictions").sort_by(keys) for place in (uri, predict(tiny, cut_day="2024-12-01"))
+    )
+    np.testing.assert_allclose(one["mean"].to_numpy(), other["mean"].to_numpy(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="expected a checkpoint"):
+        predict(newer, cut_day="2024-12-01", checkpoint=str(tmp_path))
+    raw = config.dump(newer)
+    raw["data"]["behaviours"][0]["aggregate"] = "any(amount > 0)"
+    with pytest.raises(UserError, match="trained on other behaviours"):
+        predict(catalog.read_run(raw), cut_day="2024-12-02", checkpoint=train(tiny))
+
+
 def test_the_simulator_plants_its_cohorts_by_the_same_rule() -> None:
     users = [f"u{i:09d}" for i in range(200)]
     shares = {"treatment": 0.3, "control": 0.7}
