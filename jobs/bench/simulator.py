@@ -67,9 +67,6 @@ BARS: dict[str, tuple[str, Callable[[Interval, float], bool]]] = {
 }
 
 
-# ---- the configurations
-
-
 def signal_run(root: str, quick: bool) -> Run:
     """Rhythms, a yearly festival, matches and churn; a treatment in the last seven days."""
     return _sized(presets.lumos_simulator(), "simulator_signal", root, quick, {})
@@ -117,9 +114,6 @@ def _sized(run: Run, name: str, root: str, quick: bool, options: Mapping[str, An
     return dataclasses.replace(run, name=name, root=root, data=data, section=section, train=train)
 
 
-# ---- figures from predictions and attention
-
-
 def daily_auc(y: Floats, p: Floats, offset: Ints, user: Ints, weights: Weights) -> Floats:
     """(R + 1,) of the AUC of each day ahead, averaged over the days."""
     return bootstrap.mean_defined(list(bootstrap.grouped_auc_resamples(y, p, offset, user, weights).values()))
@@ -163,9 +157,6 @@ def attention_pairs(world: World, cut: int, future_days: int, history_days: int)
         quiet = np.array([day for day in around if day not in busy], np.int64) - start
         if around[0] >= start and around[-1] < cut and len(quiet):
             yield ahead, np.arange(other.start - start, other.end - start + 1, dtype=np.int64), quiet
-
-
-# ---- the parts
 
 
 @dataclass(frozen=True)
