@@ -66,6 +66,10 @@ class LumosConfig:
     """Departs: a learned bias per (head, query, days before the cut) on the decoder's attention scores, started as
     exponential decays of several lengths; with `causal` the encoder's scores get fixed decays (as ALiBi)."""
 
+    day_match: bool = False
+    """Departs: a learned bias on the decoder's scores for past days that are like the future day: for each head and
+    number of an event row, weight * future day's number * past day's. Some heads start by reading days of the same
+    weekday, some days with the same events; without it who is active on which days stays unlearned for long."""
     raw_values: bool = False
     """Departs: the decoder's attention averages the scaled behaviours of the days too, beside their encoded states, so
     that a behaviour that is rare need not first be learned through the encoder to be counted."""

@@ -54,6 +54,22 @@ HIDDEN_PAD = -1e4
 """Score of a pad that is not to be attended to: finite, so that a window of pads alone still has weights."""
 
 
+WEEKDAYS, WEEKDAY_START, EVENT_START = 7, 4.0, 5.0
+
+
+def match_starts(heads: int, inputs: Inputs) -> Tensor:
+    """Where `day_match` starts (M, S): of the heads with the longest decays, one reads days with the same events and
+    the others days of the same weekday; the shorter half starts without. See tuning/LOG.md for what was tried."""
+    start_MS = torch.zeros(heads, inputs.event_width)
+    rhythm = inputs.rhythm_width
+    for rank, head in enumerate(range(heads - 1, (heads - 1) // 2, -1)):
+        if rank == 1 and inputs.event_types:
+            start_MS[head, rhythm : rhythm + len(inputs.event_types)] = EVENT_START
+        elif rhythm >= WEEKDAYS:
+            start_MS[head, :WEEKDAYS] = WEEKDAY_START
+    return start_MS
+
+
 class Memory(NamedTuple):
     """An encoded history, to be decoded as often as wanted (what-if)."""
 
@@ -61,6 +77,8 @@ class Memory(NamedTuple):
     keys_values: tuple[KeysValues, ...]
     """Of each decoder layer."""
     pad_BT: Tensor  # noqa: N815
+    days_BTS: Tensor | None  # noqa: N815
+    """Event rows of the past days, where `day_match` compares them with the future's."""
 
 
 class Measured(nn.Module):
@@ -216,6 +234,7 @@ class Lumos(nn.Module):
         if config.lag_logits:
             start = -torch.arange(1, config.history_days + 1) / decays(config.heads)[:, None]
             self.lag_MQT = nn.Parameter(start[:, None].repeat(1, queries, 1))
+        self.match_MS = nn.Parameter(match_starts(config.heads, inputs)) if config.day_match else None
         self.objective = Objective(config, inputs)
         self.heads = HeadBank(len(inputs.terms), width, self.objective.outputs, inputs.starts)
         events = torch.arange(inputs.event_width) >= inputs.rhythm_width
@@ -254,7 +273,9 @@ class Lumos(nn.Module):
         states_BTD = self.encoder_norm(x_BTD)
         raw = self.tokenizer.activity(batch, pad_BT) if config.raw_values else None
         kept = tuple(layer.cross.keys_values(states_BTD, turned, plain, raw) for layer in self._decoder_layers())
-        return Memory(states_BTD, kept, pad_BT)
+        return Memory(
+            states_BTD, kept, pad_BT, F.embedding(index_BT, rows_ES.clamp(-1, 1)) if config.day_match else None
+        )
 
     def decode(
         self,
@@ -292,7 +313,7 @@ class Lumos(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For the optimiser: matrices decay (`weight_decay` 1); vectors, positions, lags, uncertainties do not (0)."""
-        still = ("position_", "lag_", "horizon_", "u_pad", "categories", "objective", "biases")
+        still = ("position_", "lag_", "match_", "horizon_", "u_pad", "categories", "objective", "biases")
         decayed: list[Tensor] = []
         kept: list[Tensor] = []
         for name, parameter in self.named_parameters():
@@ -330,6 +351,14 @@ class Lumos(nn.Module):
         added = self._positions(place_BCQ)
         x = x + added.to(x.dtype) if added is not None else x
         bias = self._cross_bias(memory, visible_BC)
+        if self.match_MS is not None and memory.days_BTS is not None:
+            ahead_BCXS = F.embedding(future_event_BCX, rows_ES)
+            days = [ahead_BCXS[:, :, :future]]
+            days += [ahead_BCXS[:, :, : horizon.days].mean(2, keepdim=True) for horizon in self.inputs.horizons]
+            sought = torch.cat(days, dim=2).clamp(-1, 1).flatten(1, 2)[:, None] * self.match_MS[:, None].to(x.dtype)
+            # counts and values are held to [-1, 1] here: three campaigns on a day must not take the whole attention
+            alike = sought @ memory.days_BTS[:, None].transpose(-1, -2)
+            bias = alike if bias is None else bias + alike
         turned = self._rotation(place_BCQ.flatten(1)[:, None])
         seen = x.new_zeros(0)
         for index, (layer, keys_values) in enumerate(zip(self._decoder_layers(), memory.keys_values, strict=True)):

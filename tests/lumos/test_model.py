@@ -16,7 +16,7 @@ CONFIGS = {
     "paper": TINY,
     "dense": busy(TINY),
     "masked pads": replace(TINY, pad="masked"),
-    "dense, unread pads, lags": replace(busy(TINY), pad="unread", positions="lags", raw_values=True),
+    "dense, unread pads, lags": replace(busy(TINY), pad="unread", positions="lags", raw_values=True, day_match=True),
     "dense, masked pads, rope": replace(busy(TINY), pad="masked", positions="rope"),
     "lags without causality": replace(TINY, lag_logits=True),
     "causality without lags": replace(TINY, causal=True, cuts_per_window=2, cut_stride_days=3),
