@@ -1,0 +1,282 @@
+"""What a run file says, as frozen dataclasses; `config` reads them, strictly.
+
+Plain dataclasses without a dependency: pydantic finds its settings in `__pydantic_config__` where it is there at all.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+Day = int | str
+"""A day number, or an ISO date (`2017-09-20`) in the run's time zone."""
+
+Kind = Literal["binary", "continuous", "count"]
+STRICT: dict[str, Any] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where raw tables come from when they are not there yet: an adapter writes them under `<root>/raw/`."""
+
+    __pydantic_config__: ClassVar = STRICT
+    adapter: Literal["complete_journey", "oulad", "simulator"]
+    path: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Events:
+    """`id` names a column (or none) whose repeated values mark duplicate rows."""
+
+    __pydantic_config__: ClassVar = STRICT
+    path: str | None = None
+    user: str = "user"
+    time: str = "time"
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Profiles:
+    __pydantic_config__: ClassVar = STRICT
+    path: str | None = None
+    user: str = "user"
+    registered: str | None = None
+    ends: str | None = None
+    segment: str | None = None
+    numbers: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Calendar:
+    __pydantic_config__: ClassVar = STRICT
+    path: str | None = None
+    holidays: str | None = None
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A daily feature and target.
+
+    `aggregate` is one of sum, count, min, max, any, mean, n_unique over an expression of event columns; numbers are
+    stored as integers in units of `resolution`; `gate` names the binary behaviour without which a value is not counted.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    kind: Kind
+    aggregate: str
+    resolution: float = 1.0
+    gate: str | None = None
+    transform: Literal["identity", "log1p"] = "log1p"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"expected a name like 'coupon_used' (a-z, 0-9, _), got {self.name!r}")
+        if self.resolution <= 0:
+            raise ValueError(f"resolution: expected a positive number such as 0.01, got {self.resolution}")
+        if self.kind == "binary" and self.gate:
+            raise ValueError(f"{self.name}: a binary behaviour has no gate; remove `gate: {self.gate}`")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A binary target over days: `no active in the next 28 days` or `active after 28 days without`."""
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    when: str
+
+    FORMS: ClassVar = (r"no (\w+) in the next (\d+) days", r"(\w+) after (\d+) days without")
+
+    def __post_init__(self) -> None:
+        self.parsed()
+
+    def parsed(self) -> tuple[Literal["churned", "reactivated"], str, int]:
+        """(form, binary behaviour, days)."""
+        for form, pattern in zip(("churned", "reactivated"), self.FORMS, strict=True):
+            if match := re.fullmatch(pattern, self.when):
+                return form, match[1], int(match[2])  # type: ignore[return-value]
+        raise ValueError(f"expected 'no X in the next N days' or 'X after N days without', got {self.when!r}")
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """A target over the first `days` days after the cut, with a head of its own: any (binary) or sum (numbers)."""
+
+    __pydantic_config__: ClassVar = STRICT
+    behaviour: str
+    over: Literal["any", "sum"]
+    days: int
+
+    def __post_init__(self) -> None:
+        if self.days < 1:
+            raise ValueError(f"days: expected at least 1, got {self.days}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.behaviour}_{self.over}_{self.days}"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The raw tables, their columns, the time zone and the behaviours."""
+
+    __pydantic_config__: ClassVar = STRICT
+    behaviours: tuple[Behaviour, ...]
+    source: Source | None = None
+    events: Events = Events()
+    profiles: Profiles | None = None
+    calendar: Calendar | None = None
+    time_zone: str = "UTC"
+    derived: tuple[Derived, ...] = ()
+    horizons: tuple[Horizon, ...] = ()
+    start: Day | None = None
+    end: Day | None = None
+    max_reject_share: float = 0.001
+    engine: Literal["auto", "local", "ray"] = "auto"
+
+    def __post_init__(self) -> None:
+        everything: tuple[Behaviour | Derived | Horizon, ...] = (*self.behaviours, *self.derived, *self.horizons)
+        names = [item.name for item in everything]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"behaviours: names must be distinct, these come twice: {', '.join(twice[:5])}")
+        kinds = {item.name: item.kind for item in self.behaviours}
+        if "binary" not in kinds.values():
+            raise ValueError(
+                "behaviours: expected at least one binary behaviour, such as "
+                "{name: active, kind: binary, aggregate: count()}"
+            )
+        for item in self.behaviours:
+            if item.gate and kinds.get(item.gate) != "binary":
+                raise ValueError(f"behaviours: the gate of {item.name} must be a binary behaviour, got {item.gate!r}")
+        for derived in self.derived:
+            if kinds.get(derived.parsed()[1]) != "binary":
+                raise ValueError(f"derived: {derived.name} needs a binary behaviour, got {derived.parsed()[1]!r}")
+        for horizon in self.horizons:
+            kind = kinds.get(horizon.behaviour)
+            if kind is None or (kind == "binary") != (horizon.over == "any"):
+                raise ValueError(
+                    f"horizons: {horizon.name}: use `any` over a binary behaviour, `sum` over numbers (it is {kind})"
+                )
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Cuts from `from_day` to `until_day` (inclusive) every `every_days`, of users by segment and by hash."""
+
+    __pydantic_config__: ClassVar = STRICT
+    from_day: Day | None = None
+    until_day: Day | None = None
+    every_days: int = 1
+    segments: tuple[str, ...] = ()
+    users: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.every_days < 1:
+            raise ValueError(f"every_days: expected at least 1, got {self.every_days}")
+        if not 0.0 <= self.users[0] < self.users[1] <= 1.0:
+            raise ValueError(f"users: expected a range of shares such as [0.8, 1.0], got {list(self.users)}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Time, segment and user splits, combinable. Training targets end before `validate_from`; without it the users of
+    `validate` and `test` are kept out of training."""
+
+    __pydantic_config__: ClassVar = STRICT
+    validate: Subset
+    test: Subset
+    train: Subset = Subset()
+    validate_from: Day | None = None
+    segment_column: str | None = None
+    min_history_days: int = 28
+
+    def __post_init__(self) -> None:
+        used = any(subset.segments for subset in (self.train, self.validate, self.test))
+        if used and not self.segment_column:
+            raise ValueError("segment_column: `segments` are named, so say which profile column holds them")
+        if self.validate_from is None:
+            apart = [
+                (set(self.train.segments).isdisjoint(part.segments) and part.segments and self.train.segments)
+                or part.segments
+                or part.users != (0.0, 1.0)
+                for part in (self.validate, self.test)
+            ]
+            if not all(apart):
+                raise ValueError(
+                    "validate_from: missing; without it, `validate` and `test` must be made of segments or users "
+                    "of their own"
+                )
+
+
+@dataclass(frozen=True)
+class Train:
+    """How to train. `batch` is the number of windows in a global step, whatever the number of workers."""
+
+    __pydantic_config__: ClassVar = STRICT
+    steps: int = 1000
+    batch: int = 64
+    micro_batch: int = 64
+    workers: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_share: float = 0.1
+    clip_norm: float = 1.0
+    ema: float = 0.0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    validate_every: int = 100
+    checkpoint_every: int = 100
+    validate_users: int = 100_000
+    patience: int = 0
+    keep_best: str = "eval/roc_auc"
+    max_failures: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "workers", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.workers > 64:
+            raise ValueError(f"workers: the loader has 64 lanes, so at most 64, got {self.workers}")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema: expected 0 (off) or a decay below 1 such as 0.999, got {self.ema}")
+
+
+@dataclass(frozen=True)
+class Tune:
+    __pydantic_config__: ClassVar = STRICT
+    space: str = "quick"
+    trials: int = 12
+
+
+@dataclass(frozen=True)
+class Serve:
+    __pydantic_config__: ClassVar = STRICT
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    max_batch: int = 64
+    max_users: int = 256
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A resolved run: `model` names the section that came with it (`lumos` or `gts`), `section` is that dataclass."""
+
+    name: str
+    model: str
+    section: Any
+    data: Data
+    split: Split
+    train: Train = Train()
+    tune: Tune = Tune()
+    serve: Serve = Serve()
+    root: str = "runs"
+    seed: int = 0
