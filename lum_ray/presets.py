@@ -98,7 +98,7 @@ def lumos_demo() -> Run:
             continuous="lognormal",
         ),
         train=Train(
-            steps=500,
+            steps=400,
             batch=32,
             micro_batch=32,
             learning_rate=3e-3,
