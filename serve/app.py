@@ -25,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lum_ray import config
 from lum_ray.artifacts import UserError, list_files, open_artifact
+from lum_ray.run import STRICT
 from serve.ingress import Limits, UnavailableError, create_app
 from serve.types import Reply, Rows, Users
 
@@ -39,7 +40,7 @@ START_TIMEOUT_S = 180.0
 class Endpoint:
     """The `args` of an application in serve/lumos.yaml."""
 
-    __pydantic_config__: ClassVar = config.STRICT
+    __pydantic_config__: ClassVar = STRICT
     checkpoint: str
     state: str | None = None
     gpus: float = 0.0
