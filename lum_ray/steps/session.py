@@ -7,6 +7,7 @@ import os
 import time
 
 import ray
+import ray.data  # sets up its own logging when it is imported
 
 
 def start_ray() -> None:
@@ -14,6 +15,8 @@ def start_ray() -> None:
 
     An embedded session ends with this process. Its start has a hard limit of 30 s inside Ray, so it is tried twice.
     """
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if ray.is_initialized():
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
