@@ -30,8 +30,8 @@ def run_demo(run: Run, say: Callable[[str], None]) -> None:
     facts = describe(run, prepared)
     say(
         f"{facts['users']:,} users, {facts['days']} days, {facts['active_days']:,} active days, "
-        f"{facts['rows_in']:,} events ({facts['rows_rejected']} rejected), {facts['bytes_per_token']} bytes per token, "
-        f"{facts['pad_share']:.1%} pads"
+        f"{facts['rows_in']:,} raw rows ({facts['rows_rejected']} rejected), "
+        f"{facts['bytes_per_token']} bytes per token, {facts['pad_share']:.1%} pads"
     )
     checkpoint = train(run, say)
     found = evaluate(run, say)

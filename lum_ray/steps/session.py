@@ -16,7 +16,7 @@ def start_ray() -> None:
     An embedded session ends with this process. Its start has a hard limit of 30 s inside Ray, so it is tried twice.
     """
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
