@@ -129,8 +129,6 @@ def _field_type(owner: Any, part: Any) -> Any:
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """`raw` with every `a.b=v` of `assignments` set (v is YAML; a number in the path is a list's index)."""
-    import yaml
-
     result: dict[str, Any] = json.loads(json.dumps(raw, default=_iso))
     for assignment in assignments:
         dotted, separator, text = assignment.partition("=")
@@ -145,11 +143,30 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
             if not isinstance(place.get(part), (dict, list)):
                 place[part] = {}
             place = place[part]
+        value = _parse(text, f"--set {dotted}")
         if isinstance(place, list):
-            place[_index(place, last, dotted)] = yaml.safe_load(text)
+            place[_index(place, last, dotted)] = value
         else:
-            place[last] = yaml.safe_load(text)
+            place[last] = value
     return result
+
+
+def _parse(text: str, where: str) -> Any:
+    """The values of YAML; dates stay text, so that a wrong one is refused with its path. Raises UserError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    # on the class of its own, so that other users of yaml keep their dates
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _index(place: list[Any], part: str, dotted: str) -> int:
@@ -189,15 +206,11 @@ def read_run(raw: Any, sections: Mapping[str, type]) -> Run:
 
 def load(path: str, assignments: Sequence[str], sections: Mapping[str, type]) -> Run:
     """The run of a YAML file with overrides. Raises UserError for a missing file, bad YAML, or a bad value."""
-    import yaml
-
     try:
         with open(path, encoding="utf-8") as stream:
-            raw = yaml.safe_load(stream)
+            raw = _parse(stream.read(), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such run file; write one with `lum-ray init lumos_demo > {path}`") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     return read_run(override(raw, assignments) if isinstance(raw, dict) else raw, sections)
 
 

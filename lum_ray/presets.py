@@ -140,7 +140,7 @@ def lumos_oulad() -> Run:
                     "imd_band",
                     "age_band",
                     "disability",
-                    "code_module",
+                    "module",
                 ),
                 splits=("presentation",),
             ),

@@ -5,6 +5,7 @@ Plain dataclasses without a dependency: pydantic finds its settings in `__pydant
 
 from __future__ import annotations
 
+import datetime
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -200,7 +201,19 @@ class Split:
         used = any(subset.segments for subset in (self.train, self.validate, self.test))
         if used and not self.segment_column:
             raise ValueError("segment_column: `segments` are named, so say which profile column holds them")
+        if self.validate_from is not None:
+            named = {"validate_from": self.validate_from, "test.from_day": self.test.from_day}
+            days = [_comparable(name, day) for name, day in named.items()]
+            first = self.validate.from_day if self.validate.from_day is not None else self.validate_from
+            start = _comparable("validate.from_day", first)
+            if not days[0] <= start < days[1]:
+                raise ValueError(
+                    "expected validate_from <= validate.from_day < test.from_day, since the test must choose nothing; got "
+                    f"{self.validate_from}, {self.validate.from_day}, {self.test.from_day}"
+                )
         if self.validate_from is None:
+            if self.validate == self.test:
+                raise ValueError("validate and test are the same users and days; the test would choose the weights")
             apart = [
                 (set(self.train.segments).isdisjoint(part.segments) and part.segments and self.train.segments)
                 or part.segments
@@ -212,6 +225,20 @@ class Split:
                     "validate_from: missing; without it, `validate` and `test` must be made of segments or users "
                     "of their own"
                 )
+
+
+def _comparable(name: str, day: Day | None) -> float:
+    """A day of a split as days since 1970-01-01 or as its own number. Raises ValueError naming it."""
+    if day is None:
+        raise ValueError(f"{name}: missing; a split in time needs it")
+    if isinstance(day, int):
+        return day
+    try:
+        return datetime.date.fromisoformat(day).toordinal() - datetime.date(1970, 1, 1).toordinal()
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: expected a day number or an ISO date such as 2017-09-20, got {day!r} ({error})"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,14 @@ def load(uri: str) -> Weights:
     raise UserError("no intact checkpoint:\n" + "\n".join(broken[:5]) + "\nrestore it, or train anew with --fresh")
 
 
+def fingerprint(uri: str) -> str:
+    """The SHA-256 (hex) of the weights that `load` takes first at the checkpoint `uri`. Raises as `load` does."""
+    for place in (join(uri, "best"), join(uri, "last")):
+        if found := steps(place):
+            return str(found[0].files[MODEL]["sha256"])
+    raise UserError(f"{uri}: expected a checkpoint (best/ or last/), found none; run `lum-ray train` first")
+
+
 def _checked(step: Step, name: str, broken: list[str]) -> bytes | None:
     """The file's bytes if its digest is the manifest's; else None, and what is wrong is added to `broken`."""
     try:

@@ -58,7 +58,9 @@ class Lumos:
         from serve.batching import LumosModel
 
         state = State.open(state_uri) if state_uri else None
-        predictor = Predictor.load(checkpoint_uri, state.rows if state else None)
+        predictor = Predictor.load(
+            checkpoint_uri, state.rows if state else None, end_day=state.end_day if state else None
+        )
         self._model = LumosModel(predictor, state.end_day if state else None)
 
         def users(calls: Sequence[Users]) -> int:

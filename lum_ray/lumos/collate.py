@@ -193,8 +193,11 @@ def profile_arrays(
     for column, (name, values) in enumerate(categories):
         if name in rows.profile:
             known = {value: place for place, value in enumerate(values, start=1)}
-            raw, inverse = np.unique(rows.profile[name][index].astype(str), return_inverse=True)
-            categories_BG[:, column] = np.array([known.get(str(value), 0) for value in raw], np.int64)[inverse]
+            found = rows.profile[name][index]
+            raw, inverse = np.unique(found.astype(str), return_inverse=True)
+            codes = np.array([known.get(str(value), 0) for value in raw], np.int64)[inverse]
+            missing = np.array([value is None for value in found])  # a null must not be taken for a value "None"
+            categories_BG[:, column] = np.where(missing, 0, codes)
     return numbers_BN, categories_BG
 
 

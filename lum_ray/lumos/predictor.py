@@ -90,10 +90,13 @@ class Predictor:
         stage.module.to(device).eval()
 
     @classmethod
-    def load(cls, uri: str, history_of: History | None = None, device: str = "auto") -> Predictor:
+    def load(
+        cls, uri: str, history_of: History | None = None, device: str = "auto", end_day: int | None = None
+    ) -> Predictor:
         """The predictor of the checkpoint at `uri` (its best weights).
 
-        `history_of(user ids)` gives the stored rows of those that are known. Raises UserError for a checkpoint that is
+        `history_of(user ids)` gives the stored rows of those that are known, up to `end_day` (exclusive; default: where
+        the training data end), which is the default cut. Raises UserError for a checkpoint that is
         not there, is damaged or belongs to another model.
         """
         record = read_json(join(uri, "run.json")) if _exists(uri) else None
@@ -103,6 +106,7 @@ class Predictor:
             raise UserError(f"{uri}: expected a LUMOS checkpoint, got one of {record.get('model')!r}")
         run = runs.read_run(record["run"], {"lumos": LumosConfig})
         inputs = Inputs.from_json(record["inputs"])
+        known_until = int(record["end_day"] if end_day is None else end_day)
         trained = weights.load(uri)
         calendar = None
         if record.get("calendar"):
@@ -117,10 +121,10 @@ class Predictor:
             "checkpoint": uri.rstrip("/").rsplit("/", 1)[-1],
             "behaviours": list(inputs.terms), "event_types": list(inputs.event_types),
             "history_days": run.section.history_days, "future_days": run.section.future_days,
-            "start_day": record["start_day"], "end_day": record["end_day"], "event_columns": record["event_columns"],
+            "start_day": record["start_day"], "end_day": known_until, "event_columns": record["event_columns"],
         }  # fmt: skip
         reader = RequestReader(
-            run, stage.calendar.layout, record["event_columns"], record["start_day"], record["end_day"], history_of
+            run, stage.calendar.layout, record["event_columns"], record["start_day"], known_until, history_of
         )
         place = (
             torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)

@@ -23,8 +23,8 @@ def reference_rows(
     """
     cuts = []
     for batch in batches:
-        rows = batch["event_rows_ES"][batch["future_event_BCX"][:, -1, :future_days]]
-        cuts.append(rows[:, :, rhythm_width:])
+        days = batch["future_event_BCX"][batch["valid_BC"]][:, :future_days]
+        cuts.append(batch["event_rows_ES"][days][:, :, rhythm_width:])
     days_nFS = np.concatenate(cuts).astype(np.float32)
     if days_nFS.shape[2] == 0:  # no calendar: no scenario is far
         return {"event_rows_ES": np.zeros((1, 0), np.float32), "distances": np.zeros(len(days_nFS), np.float32)}

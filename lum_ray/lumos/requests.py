@@ -24,6 +24,8 @@ from lum_ray.lumos.timelines import tokenize
 
 FAR_FUTURE = 2**31 - 1
 MOST_SHOWN = 60
+MOST_DAYS_AHEAD = 366
+"""A cut may lie this far behind the stored histories: so far the calendar has its holidays."""
 History = Callable[[Sequence[str]], dict[str, Rows]]
 
 
@@ -73,6 +75,17 @@ class RequestReader:
             where = f"users[{i}]"
             known = stored.get(request.user)
             cut = self.day(request.cut_day, f"{where}.cut_day") if request.cut_day is not None else self.end_day
+            if not self.start_day <= cut <= self.end_day + MOST_DAYS_AHEAD:
+                raise UserError(
+                    f"{where}.cut_day: expected a day from {self.shown(self.start_day)} to "
+                    f"{self.shown(self.end_day + MOST_DAYS_AHEAD)}, got {request.cut_day!r}"
+                )
+            if known is not None and request.events is None and cut > self.end_day:
+                raise UserError(
+                    f"{where}.cut_day: her stored history ends before {self.shown(self.end_day)}, and the days from "
+                    f"then to {self.shown(cut)} are not known to be idle; send the events since ([] for none), or ask "
+                    "for that day"
+                )
             if known is None and request.events is None:
                 raise UserError(
                     f"{where}.user: {request.user!r} is not known; send her events, or publish a newer state"
@@ -231,18 +244,23 @@ class RequestReader:
         columns["registered"] = pa.array([None if day is None else self.day(day, f"{where}.profile")], pa.int32())
         columns["ends"] = pa.array([None], pa.int32())
         segment = given.get(profiles.segment) if profiles.segment else None
-        columns["segment"] = pa.array([None if segment is None else str(segment)], pa.string())
+        columns["segment"] = pa.array([None if segment is None else _text(segment)], pa.string())
         for name in sorted(known):
             value = given.get(name)
             try:
                 columns[name] = (
                     pa.array([None if value is None else float(value)], pa.float64())
                     if name in profiles.numbers
-                    else pa.array([None if value is None else str(value)], pa.string())
+                    else pa.array([None if value is None else _text(value)], pa.string())
                 )
             except (TypeError, ValueError):
                 raise UserError(f"{where}.profile.{name}: expected a number, got {value!r}") from None
         return pa.table(columns)
+
+
+def _text(value: Any) -> str:
+    """A category as the raw tables' are read: Arrow writes booleans in lower case."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _column(values: Sequence[Any], kind: str, where: str, name: str) -> pa.Array:
@@ -267,11 +285,14 @@ def _join(stored: Rows, inline: Rows, with_profile: bool, where: str) -> Rows:
             f"{where}: expected events after the stored history, which goes up to day {stored.days[-1]}; "
             "leave older ones out"
         )
+    # what the request says of her replaces what is stored; what it leaves out stays
     source = inline if with_profile else stored
+    segment = inline.segment if with_profile and inline.segment[0] else stored.segment
     return replace(
         stored,
         offsets=np.array([0, len(stored.days) + len(inline.days)], np.int64),
         days=np.concatenate([stored.days, inline.days]),
         values=np.concatenate([stored.values, inline.values]),
+        segment=segment,
         profile=source.profile,
     )

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lum_ray import weights
 from lum_ray.artifacts import UserError, commit, find, join, open_artifact, read_bytes, storage, write_table
 from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
@@ -52,7 +53,10 @@ def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Evalu
     """
     prepared = prepare(run, log)
     checkpoint = train(run, log)
-    name = checkpoint.rsplit("/", 1)[-1] + (f"-{max_users}" if max_users else "")
+    # the weights are part of the name: after `train --fresh` an old report is not the answer
+    name = f"{checkpoint.rsplit('/', 1)[-1]}-{weights.fingerprint(checkpoint)[:6]}" + (
+        f"-{max_users}" if max_users else ""
+    )
     uri = join(run.root, "reports", name)
     if find(uri) is not None:
         return Evaluation(uri, pq.read_table(pa.BufferReader(read_bytes(join(uri, "metrics.parquet")))))

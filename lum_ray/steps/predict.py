@@ -53,7 +53,8 @@ def open_predictor(run: Run, log: Log = silent, checkpoint: str | None = None) -
 
     `checkpoint` takes an earlier one instead of training: yesterday's model on today's histories.
     """
-    return Predictor.load(checkpoint or train(run, log), State.open(publish(run, log)).rows)
+    state = State.open(publish(run, log))
+    return Predictor.load(checkpoint or train(run, log), state.rows, end_day=state.end_day)
 
 
 def predict(
@@ -71,7 +72,7 @@ def predict(
     spread with Ray Data. `checkpoint` takes an earlier one instead of training: yesterday's model on today's events.
     """
     prepared = prepare(run, log)
-    checkpoint = checkpoint or train(run, log)
+    checkpoint = (checkpoint or train(run, log)).rstrip("/")
     manifest = prepared.timelines.manifest
     cut = config.day_number(cut_day) if cut_day is not None else int(manifest["end_day"])
     if not int(manifest["first_day"]) < cut <= int(manifest["end_day"]):
@@ -81,7 +82,8 @@ def predict(
         )
     assignment = dict(cohorts or {})
     check_cohorts(assignment)
-    name = digest("predictions", manifest["digest"], checkpoint.rsplit("/", 1)[-1], cut, assignment, salt)
+    read = [manifest["digest"], prepared.calendar.manifest["digest"], weights.fingerprint(checkpoint)]
+    name = digest("predictions", read, checkpoint.rsplit("/", 1)[-1], cut, list(assignment.items()), salt)
     uri = join(run.root, "predictions", f"{run.name}-{name}")
     if find(uri) is not None:
         log("already predicted")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -64,33 +64,40 @@ class Prepared:
         return pq.read_table(pa.BufferReader(read_bytes(join(self.calendar.uri, name))))
 
 
-def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Any]:
+@dataclass(frozen=True)
+class Prints:
+    """What says that each raw table is the same as before."""
+
+    events: Any
+    profiles: Any
+    calendar: Any
+
+
+def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
     """Where the raw tables are, and their fingerprints. A run with a `source` gets them from its adapter, once."""
     data, source = run.data, run.data.source
-    if source is None:
-        if data.events.path is None:
-            raise UserError("data.events.path: missing; give the folder of the event files, or a `data.source`")
-        profiles = data.profiles.path if data.profiles else None
-        if data.profiles and profiles is None:
-            raise UserError("data.profiles.path: missing; give the folder of the profiles, or remove `data.profiles`")
-        tables = RawTables(data.events.path, profiles, data.calendar.path if data.calendar else None)
-        return tables, [fingerprint(path) for path in (tables.events, tables.profiles, tables.calendar) if path]
-    name = digest("raw", source, fingerprint(source.path) if source.path else None)
-    uri = join(run.root, "raw", f"{source.adapter}-{name}")
-    if find(uri) is None:
-        log(f"writing raw tables of {source.adapter}")
-        place = storage(uri)
-        write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
-        commit(uri, {"kind": "raw", "digest": name, "source": asdict(source)})
     own = [table.path if table else None for table in (data.events, data.profiles, data.calendar)]
-    return (
-        RawTables(
-            own[0] or join(uri, "events"),
-            (own[1] or join(uri, "profiles")) if data.profiles else None,
-            (own[2] or join(uri, "calendar")) if data.calendar else None,
-        ),
-        ["source", name, *(fingerprint(path) if path else None for path in own)],
-    )
+    made: list[str | None] = [None, None, None]
+    print_of: list[Any] = [fingerprint(path) if path else None for path in own]
+    if source is None:
+        if own[0] is None:
+            raise UserError("data.events.path: missing; give the folder of the event files, or a `data.source`")
+        if data.profiles and own[1] is None:
+            raise UserError("data.profiles.path: missing; give the folder of the profiles, or remove `data.profiles`")
+    else:
+        name = digest("raw", source, fingerprint(source.path) if source.path else None)
+        uri = join(run.root, "raw", f"{source.adapter}-{name}")
+        if find(uri) is None:
+            log(f"writing raw tables of {source.adapter}")
+            place = storage(uri)
+            write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
+            commit(uri, {"kind": "raw", "digest": name, "source": asdict(source)})
+        made = [join(uri, table) for table in ("events", "profiles", "calendar")]
+        print_of = [given or ["source", name] for given in print_of]
+    events, profiles, calendar = (given or default for given, default in zip(own, made, strict=True))
+    assert events is not None
+    tables = RawTables(events, profiles if data.profiles else None, calendar if data.calendar else None)
+    return tables, Prints(*print_of)
 
 
 def prepare(run: Run, log: Log = silent) -> Prepared:
@@ -102,22 +109,28 @@ def prepare(run: Run, log: Log = silent) -> Prepared:
     tables, prints = raw_tables(run, log)
     files = check_events(tables.events, data)
     columns = {name: str(files[0].schema.field(name).type) for name in tokenizer.columns_used(data.behaviours)}
-    shape = [data.behaviours, data.events.user, data.events.time, data.events.id, data.time_zone, data.start, data.end]
+    values = [(item.name, item.kind, item.aggregate, item.resolution) for item in data.behaviours]
+    shape = [values, data.events.user, data.events.time, data.events.id, data.time_zone, data.start, data.end]
     made_by = data_prepare.Tokenizer(tokenizer.partial, tokenizer.merge, tokenizer.TOKENIZER_VERSION)
-    name = digest("timelines", made_by.version, shape, data.profiles, prints)
+    profiles = replace(data.profiles, path=None) if data.profiles else None
+    name = digest("timelines", made_by.version, shape, profiles, prints.events, prints.profiles)
     uri = join(run.root, "timelines", name)
     if find(uri) is None:
         log(f"preparing timelines ({sum(file.rows for file in files):,} events, engine {data.engine})")
         if data.engine == "ray":
             start_ray()
-    timelines = data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, prints)
+    timelines = data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, asdict(prints))
     first_day, end_day = int(timelines.manifest["first_day"]), int(timelines.manifest["end_day"])
 
-    name = digest("calendar", data.calendar, data.time_zone, prints, first_day, end_day)
-    calendar = data_prepare.prepare_calendar(data, tables, join(run.root, "calendar", name), first_day, end_day, prints)
+    holidays = data.calendar.holidays if data.calendar else None
+    name = digest("calendar", holidays, data.time_zone, prints.calendar, first_day, end_day)
+    calendar = data_prepare.prepare_calendar(
+        data, tables, join(run.root, "calendar", name), first_day, end_day, prints.calendar
+    )
     until = fit_until(run, end_day)
     rhythm = [section.weekday, section.season, section.continuous, section.future_days]
-    targets = [data.derived, data.horizons, run.split.min_history_days, run.split.train]
+    plan = cut_plan(run, "train", end_day)
+    targets = [data.derived, data.horizons, plan, run.seed, [(item.gate, item.transform) for item in data.behaviours]]
     name = digest("fitted", timelines.manifest["digest"], calendar.manifest["digest"], until, rhythm, targets)
     uri = join(run.root, "fitted", name)
     prepared = Prepared(timelines, calendar, Artifact(uri, {}), columns)
@@ -166,6 +179,12 @@ def fit_until(run: Run, end_day: int) -> int:
     return day_number(run.split.validate_from) if run.split.validate_from is not None else end_day
 
 
+def select_until(run: Run, end_day: int) -> int:
+    """The day before which everything must lie that chooses among weights: the first test day of a split in time."""
+    first = run.split.test.from_day
+    return day_number(first) if run.split.validate_from is not None and first is not None else end_day
+
+
 def cut_plan(run: Run, part: str, end_day: int) -> CutPlan:
     """The cuts of `train`, `validate` or `test`. Training cuts leave room for their targets before `validate_from`;
     without it (a split by users or segments alone) the users of the other two parts are left out of training.
@@ -179,11 +198,13 @@ def cut_plan(run: Run, part: str, end_day: int) -> CutPlan:
     excluded: tuple[CutPlan, ...] = ()
     if part == "train" and split.validate_from is None:
         excluded = tuple(cut_plan(run, other, end_day) for other in ("validate", "test"))
-    if part == "validate" and split.validate_from is not None:
-        test_from = day_number(split.test.from_day) if split.test.from_day is not None else end_day
-        until = min(until, max(test_from - run.section.future_days, day_number(split.validate_from)))
+    first = day_number(subset.from_day) if subset.from_day is not None else -(2**30)
+    if part != "train" and split.validate_from is not None:
+        first = max(first, day_number(split.validate_from))
+    if part == "validate":
+        until = min(until, select_until(run, end_day) - run.section.future_days)
     return CutPlan(
-        from_day=day_number(subset.from_day) if subset.from_day is not None else -(2**30),
+        from_day=first,
         until_day=until,
         every_days=subset.every_days,
         min_history_days=split.min_history_days,

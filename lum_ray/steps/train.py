@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save as save_arrays
 
 from lum_ray import catalog, config
-from lum_ray.artifacts import commit, digest, find, join, open_artifact, storage, write_bytes, write_json
+from lum_ray.artifacts import UserError, commit, digest, find, join, open_artifact, storage, write_bytes, write_json
 from lum_ray.config import Run
 from lum_ray.data.loader import Loader, evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -20,7 +20,7 @@ from lum_ray.evaluation.protocol import validation_scores
 from lum_ray.lumos.reference import reference_rows
 from lum_ray.lumos.stage import LumosStage
 from lum_ray.stage import to_device
-from lum_ray.steps.prepare import Log, Prepared, cut_plan, fit_until, prepare, silent
+from lum_ray.steps.prepare import Log, Prepared, cut_plan, fit_until, prepare, select_until, silent
 from lum_ray.steps.session import start_ray
 from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
@@ -101,7 +101,7 @@ def _write_record(run: Run, prepared: Prepared, uri: str) -> None:
         },
     )
     end_day = int(manifest["end_day"])
-    stage = make_stage(run, prepared, fit_until(run, end_day))
+    stage = make_stage(run, prepared, fit_until(run, end_day), run.section.cuts_per_window)
     timelines, plan = Timelines.open(prepared.timelines.uri), cut_plan(run, "train", end_day)
 
     def batches() -> Any:
@@ -138,7 +138,7 @@ def _loop(plain: Mapping[str, Any], uris: tuple[str, str, str], uri: str, worker
         run.section,
         stage.inputs,
         prepared.calendar_table if run.data.calendar else None,
-        end_day,
+        select_until(run, end_day),
         run.split.min_history_days,
         module=stage.module,
     )
@@ -187,6 +187,8 @@ def _validation(
                 parts["day"].append(cut + columns["offset"])
                 for name in ("p", "mean", "y"):
                     parts[name].append(columns[name])
+        if worker.world == 1 and not parts["y"]:
+            raise UserError("split.validate: no user has a cut there; check its days and users against the data")
         mine = {name: np.concatenate(part) if part else np.array([]) for name, part in parts.items()}
         gathered = gather_columns({**mine, "_sums": sums, "_counts": counts})
         if gathered is None:

@@ -174,6 +174,7 @@ def test_what_if_moves_the_changed_day_and_no_other(predictor: Predictor) -> Non
             Request("x", CUT, events=[{"time": 2**40, "kind": "a", "amount": 1.0}]),
             r"events\[0\]\.time: expected a day number",
         ),
+        (Request("x", 2_900_000, events=[]), r"users\[0\]\.cut_day: expected a day from 2022-01-01 to 2026-01-02"),
         (Request("x", CUT, events=[], profile={"contry": "DE"}), r"users\[0\]\.profile\.contry: unknown; known are"),
         (
             Request("x", CUT, events=[], calendar=[{"event_type": "sale", "start_day": CUT}]),
@@ -190,6 +191,13 @@ def test_a_request_that_cannot_be_answered_names_its_field(
 ) -> None:
     with pytest.raises(UserError, match=message):
         predictor.predict([request_])
+
+
+def test_days_after_the_stored_history_are_not_taken_for_idle(predictor: Predictor) -> None:
+    user = predictor.requests.history_of.__self__.users()[0]  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"users\[0\]\.cut_day: her stored history ends before 2025-01-01"):
+        predictor.predict([Request(user, "2025-02-01")])
+    assert predictor.predict([Request(user, "2025-02-01", events=[])])[0].cut_day == "2025-02-01"
 
 
 def test_a_user_without_events_is_answered(predictor: Predictor) -> None:

@@ -12,7 +12,11 @@ def batch(values: list[list[float]]) -> dict[str, np.ndarray]:
     """Windows of one day each; an event row is [rhythm | count]."""
     rows = np.array([[9.0, v] for window in values for v in window], np.float32)
     count, days = len(values), len(values[0])
-    return {"event_rows_ES": rows, "future_event_BCX": np.arange(count * days).reshape(count, 1, days)}
+    return {
+        "event_rows_ES": rows,
+        "future_event_BCX": np.arange(count * days).reshape(count, 1, days),
+        "valid_BC": np.ones((count, 1), bool),
+    }
 
 
 def test_rows_are_distinct_and_distances_leave_the_row_itself_out() -> None:
@@ -30,6 +34,10 @@ def test_share_of_nearer_cuts() -> None:
 
 
 def test_a_run_without_calendar_has_no_distance() -> None:
-    rows = {"event_rows_ES": np.ones((2, 1), np.float32), "future_event_BCX": np.zeros((1, 1, 2), np.int64)}
+    rows = {
+        "event_rows_ES": np.ones((2, 1), np.float32),
+        "future_event_BCX": np.zeros((1, 1, 2), np.int64),
+        "valid_BC": np.ones((1, 1), bool),
+    }
     found = reference_rows([rows], 1, 2)
     assert Nearness(found["event_rows_ES"], found["distances"]).share(np.zeros((2, 0), np.float32)) == (0.0, False)

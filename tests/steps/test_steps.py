@@ -163,6 +163,9 @@ def test_the_simulator_plants_its_cohorts_by_the_same_rule() -> None:
         (["data.behaviours.0.aggregate=any(amnt > 0)"], r"active.*amnt.*amount"),
         (["data.profiles.categories=[cuntry]"], "cuntry"),
         (["split.validate_from=2019-01-01"], "no event lies before day 17897"),
+        (["split.validate_from=2024-13-01"], r"split: validate_from: expected a day number or an ISO date"),
+        (["split.test.from_day=2024-07-15"], r"split: expected validate_from <= validate\.from_day < test\.from_day"),
+        (["split.test.from_day=null"], r"split: test\.from_day: missing"),
         (["split.train.from_day=2024-12-28"], r"split\.train: no user has a cut there"),
     ],
 )

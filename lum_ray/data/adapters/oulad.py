@@ -8,8 +8,9 @@ Tables written:
   clicks summed (one source row in five repeats a triple), `submitted` 0; one row per submission with activity_type
   `submission`, clicks 0 and `submitted` 1 on the day it was handed in. Results carried over from an earlier
   presentation (`is_banked`) are not acts of a day and are left out, as are submissions after the course's last day.
-- profiles: one row per enrolment, with or without clicks: student, presentation, course (the segment of deadlines, e.g.
-  `AAA_2013J`), registered, ends (exclusive; clicks occur up to and including day `module_presentation_length`), and
+- profiles: one row per enrolment, with or without clicks: student, module, presentation, course (the segment of
+  deadlines, e.g. `AAA_2013J`), registered, ends (exclusive; clicks occur up to and including day
+  `module_presentation_length`), and
   demographics. Nothing that is known only later: no final result, no day of unregistration, no score.
 - calendar: the due days of a course (`deadline_tma`, `deadline_cma`, `deadline_exam`), value = 1 + w / 100 with w the
   weight in percent of the assessments of that type due on that day: 11 of the 120 deadlines weigh 0 and must not
@@ -178,6 +179,7 @@ def _profiles(folder: str, presentations: list[str] | None, length: Mapping[str,
     columns: dict[str, Any] = {
         "user": user,
         "student": pc.cast(info["id_student"], pa.string()),
+        "module": info["code_module"],
         "presentation": info["code_presentation"],
         "course": course,
         "registered": pc.take(registration["date_registration"].combine_chunks(), row),
