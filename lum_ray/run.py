@@ -208,7 +208,7 @@ class Split:
             start = _comparable("validate.from_day", first)
             if not days[0] <= start < days[1]:
                 raise ValueError(
-                    "expected validate_from <= validate.from_day < test.from_day, since the test must choose nothing; got "
+                    "expected validate_from <= validate.from_day < test.from_day (the test must choose nothing), got "
                     f"{self.validate_from}, {self.validate.from_day}, {self.test.from_day}"
                 )
         if self.validate_from is None:
