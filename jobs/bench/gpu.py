@@ -22,7 +22,8 @@ import torch
 from jobs.bench.lumos_batch import INPUTS, lumos_batch
 from jobs.bench.rows import emit, hardware, note, spread
 from lum_ray.lumos.config import Inputs, LumosConfig
-from lum_ray.lumos.model import CATEGORY_WIDTH, Batch, Lumos
+from lum_ray.lumos.model import Lumos
+from lum_ray.lumos.tokens import CATEGORY_WIDTH, Batch
 from lum_ray.stage import Arrays, to_device
 
 PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}

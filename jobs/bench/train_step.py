@@ -20,7 +20,8 @@ import torch
 from jobs.bench.lumos_batch import INPUTS, lumos_batch
 from jobs.bench.rows import emit, hardware, note, spread
 from lum_ray.lumos.config import LumosConfig
-from lum_ray.lumos.model import Batch, Lumos
+from lum_ray.lumos.model import Lumos
+from lum_ray.lumos.tokens import Batch
 from lum_ray.stage import to_device
 
 TOLERANCE = 1e-4
