@@ -97,7 +97,9 @@ def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
     events, profiles, calendar = (given or default for given, default in zip(own, made, strict=True))
     assert events is not None
     tables = RawTables(events, profiles if data.profiles else None, calendar if data.calendar else None)
-    return tables, Prints(*print_of)
+    # a table that the run does not read shapes nothing, even where its source has it
+    read = (True, data.profiles is not None, data.calendar is not None)
+    return tables, Prints(*(one if wanted else None for one, wanted in zip(print_of, read, strict=True)))
 
 
 def prepare(run: Run, log: Log = silent) -> Prepared:

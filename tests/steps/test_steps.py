@@ -48,6 +48,16 @@ def test_what_shapes_an_artifact_names_it(tiny: Run) -> None:
     assert prepare(catalog.read_run(raw)).timelines.uri != base.timelines.uri
 
 
+def test_a_run_without_calendar_does_not_share_the_calendar_of_one_with(tiny: Run) -> None:
+    raw = config.dump(tiny)
+    raw["data"]["calendar"] = None
+    bare = prepare(catalog.read_run(raw))
+    assert bare.calendar.uri != prepare(tiny).calendar.uri
+    assert bare.calendar_table.num_rows == 0
+    assert prepare(tiny).calendar_table.num_rows > 0
+    assert bare.timelines.uri == prepare(tiny).timelines.uri
+
+
 def test_the_run_in_a_checkpoint_can_be_run_again(tiny: Run) -> None:
     record = json.loads((Path(train(tiny)) / "run.json").read_text())
     assert catalog.read_run(record["run"]) == tiny
