@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,15 +202,3 @@ def commit(uri: str, manifest: Mapping[str, Any]) -> Artifact:
         with contextlib.suppress(FileExistsError):
             client.pipe_file(place.path, content, mode="create")
     return open_artifact(uri)
-
-
-def committed(root: str, kind: str) -> Iterator[Artifact]:
-    """The committed artifacts of a kind under `root`, in name order."""
-    place = storage(join(root, kind))
-    for info in sorted(
-        place.filesystem.get_file_info(fs.FileSelector(place.path, allow_not_found=True)),
-        key=lambda item: str(item.path),
-    ):
-        found = find(join(root, kind, info.base_name)) if info.type == fs.FileType.Directory else None
-        if found is not None:
-            yield found

@@ -31,15 +31,6 @@ def test_the_first_committer_wins_and_every_other_gets_its_manifest(tmp_path: Pa
     assert sorted(path.name for path in Path(uri).iterdir()) == ["manifest.json"]
 
 
-def test_committed_lists_complete_artifacts_only(tmp_path: Path) -> None:
-    root = str(tmp_path)
-    artifacts.commit(artifacts.join(root, "fitted", "b"), {"n": 2})
-    artifacts.commit(artifacts.join(root, "fitted", "a"), {"n": 1})
-    artifacts.write_bytes(artifacts.join(root, "fitted", "partial", "x"), b"1")
-    assert [found.manifest["n"] for found in artifacts.committed(root, "fitted")] == [1, 2]
-    assert list(artifacts.committed(root, "nothing")) == []
-
-
 def test_digest_depends_on_content_and_not_on_order_of_keys() -> None:
     assert artifacts.digest({"a": 1, "b": [2]}) == artifacts.digest({"b": [2], "a": 1})
     assert artifacts.digest(Source("oulad")) != artifacts.digest(Source("oulad", path="x"))
