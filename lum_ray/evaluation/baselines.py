@@ -16,7 +16,7 @@ Legend: S samples, F future days, U behaviours, C = U + derived targets, H horiz
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ from lum_ray.evaluation.history import (
     window_sums,
 )
 from lum_ray.evaluation.metrics import Floats
-from lum_ray.evaluation.predictions import SCHEMA
+from lum_ray.evaluation.predictions import FUNCTIONALS, SCHEMA
 
 WEEKS, PRIOR_WEEKS, SHARE_DAYS = 12, 4.0, 84
 
@@ -61,6 +61,14 @@ class Setting:
     def binary(self, column: int) -> bool:
         """Whether column C of the daily targets is a probability (derived targets are)."""
         return column >= len(self.names) or self.kinds[column] == "binary"
+
+    def open_horizon(self, horizon: HorizonTarget) -> int | None:
+        """The horizon target that says whether the gate of a sum opens on any of the same days, if there is one."""
+        gate = self.gates[horizon.behaviour]
+        for index, other in enumerate(self.horizons):
+            if other.over == "any" and other.days == horizon.days and self.names[other.behaviour] == gate:
+                return index
+        return None
 
 
 # daily (S, F, C) and over (S, H): P for binary columns, E[value] in stored units for numbers
@@ -276,7 +284,7 @@ def _table(setting: Setting, model: str, seed: int, train: Cuts, test: Cuts, sco
         gate = setting.gates[c] if c < len(setting.names) else None
         y, value = test.daily[:, :, c], daily[:, :, c]
         if setting.binary(c):
-            pieces.append(_rows(setting, model, seed, test, name, y, {"p": value, "mean": value}))
+            pieces.append(prediction_rows(model, seed, test, name, y, {"p": value, "mean": value}))
             continue
         unit, open_SF = setting.resolutions[c], ~np.isnan(train.daily[:, :, c])
         p = train_p = None
@@ -286,30 +294,21 @@ def _table(setting: Setting, model: str, seed: int, train: Cuts, test: Cuts, sco
             open_SF &= train.daily[:, :, g] == 1
         functionals = _number(setting, value, p, train_daily[:, :, c], train_p, train.daily[:, :, c], open_SF)
         columns = {k: v if k == "p" else v * unit for k, v in functionals.items()}
-        pieces.append(_rows(setting, model, seed, test, name, y * unit, columns))
+        pieces.append(prediction_rows(model, seed, test, name, y * unit, columns))
     for h, horizon in enumerate(setting.horizons):
         y, value = test.over[:, h, None], over[:, h, None]
         if horizon.over == "any":
-            pieces.append(_rows(setting, model, seed, test, horizon.name, y, {"p": value, "mean": value}))
+            pieces.append(prediction_rows(model, seed, test, horizon.name, y, {"p": value, "mean": value}))
             continue
         unit, past = setting.resolutions[horizon.behaviour], train.over[:, h, None]
         open_S1, p, train_p = ~np.isnan(past), None, None
-        if (opened := _open_horizon(setting, horizon)) is not None:
+        if (opened := setting.open_horizon(horizon)) is not None:
             p, train_p = over[:, opened, None], train_over[:, opened, None]
             open_S1 &= train.over[:, opened, None] == 1
         functionals = _number(setting, value, p, train_over[:, h, None], train_p, past, open_S1)
         columns = {k: v if k == "p" else v * unit for k, v in functionals.items()}
-        pieces.append(_rows(setting, model, seed, test, horizon.name, y * unit, columns))
+        pieces.append(prediction_rows(model, seed, test, horizon.name, y * unit, columns))
     return pa.concat_tables(pieces)
-
-
-def _open_horizon(setting: Setting, horizon: HorizonTarget) -> int | None:
-    """The horizon target that says whether the gate of a sum opens on any of the same days, if there is one."""
-    gate = setting.gates[horizon.behaviour]
-    for index, other in enumerate(setting.horizons):
-        if other.over == "any" and other.days == horizon.days and setting.names[other.behaviour] == gate:
-            return index
-    return None
 
 
 def _number(
@@ -337,10 +336,11 @@ def _number(
     return result if p is None else result | {"p": p}
 
 
-def _rows(
-    setting: Setting, model: str, seed: int, cuts: Cuts, name: str, y: Floats, columns: dict[str, Floats]
+def prediction_rows(
+    model: str, seed: int, cuts: Cuts, name: str, y: Floats, columns: Mapping[str, Floats]
 ) -> pa.Table:
-    """One behaviour's rows (S * F, or S for a horizon target), by sample, then by day."""
+    """One behaviour's rows of a prediction file (S * F, or S for a horizon target), by sample, then by day; `y` and
+    each column are (S, F) or (S, 1), in raw units."""
     days = y.shape[1]
     sample = np.repeat(np.arange(len(y)), days)
     cut = cuts.samples.cut[sample].astype(np.int32)
@@ -355,6 +355,6 @@ def _rows(
         "model": pa.repeat(pa.scalar(model, pa.string()), size),
         "seed": np.full(size, seed, dtype=np.int32),
     }
-    for column in ("p", "mean", "median", "low", "high"):
+    for column in FUNCTIONALS:
         arrays[column] = columns[column].reshape(-1).astype(np.float32) if column in columns else absent
     return pa.table({field.name: arrays[field.name] for field in SCHEMA}, schema=SCHEMA)

@@ -7,7 +7,8 @@ Choices that are not obvious:
 * A metric is decided by the functional that it is fed (FIELD.md, section 3): on the same log-normal the MAPE of the
   mean is 2.09, of the median 1.50, of exp(mu - sigma^2) 0.95. So each metric names its functional below, for every
   model alike: wMAPE and total bias take the mean, MAE the median, MAPE the median (`eval/mape`) and, as a row of its
-  own, the point that minimises it under a log-normal (`eval/mape_lognormal`).
+  own, the forecast with the least expected percentage error (`eval/mape_least`): the model's own, else the point that
+  minimises it under a log-normal of the model's mean and median.
 
 Legend: n rows; y outcome (raw unit; 0 or 1 for binary tasks); p a probability.
 """
@@ -78,7 +79,7 @@ def mae_terms(y: ArrayLike, median: ArrayLike) -> Terms:
 def mape_terms(y: ArrayLike, point: ArrayLike) -> Terms:
     """Mean absolute percentage error over the rows with y != 0 (undefined elsewhere), as a share, not in percent.
 
-    Fed the median as `eval/mape` and `lognormal_point` as `eval/mape_lognormal`.
+    Fed the median as `eval/mape` and the least-MAPE forecast as `eval/mape_least`.
     """
     y_n = _floats(y)
     counted = y_n != 0

@@ -31,17 +31,20 @@ SCHEMA = pa.schema(
         ("median", pa.float32()),
         ("low", pa.float32()),
         ("high", pa.float32()),
+        ("least_mape", pa.float32()),
         ("y", pa.float64()),
         ("model", pa.string()),
         ("seed", pa.int32()),
     ]
 )
+OPTIONAL = ("least_mape",)
+"""Columns that a file may lack: they count as not predicted."""
 TEXTS = ["user", "behaviour", "model"]
 CODED = pa.schema(
     [pa.field(f.name, pa.dictionary(pa.int32(), pa.string()) if f.name in TEXTS else f.type) for f in SCHEMA]
 )
 """The schema in memory: millions of rows hold few distinct texts."""
-FUNCTIONALS = ("p", "mean", "median", "low", "high")
+FUNCTIONALS = ("p", "mean", "median", "low", "high", "least_mape")
 _MOST_OFFENDERS = 5
 
 
@@ -49,8 +52,8 @@ _MOST_OFFENDERS = 5
 class Task:
     """What a behaviour of a prediction file is.
 
-    binary: `p` (= `mean`) is filled. Numbers fill `mean` (unconditional), and `median`, `low`, `high`; with a `gate`
-    these three describe the value *given* that the gate is open, and `p` is P(gate open). `horizon`: one row a cut
+    binary: `p` (= `mean`) is filled. Numbers fill `mean` (unconditional), and `median`, `low`, `high`, `least_mape`;
+    with a `gate` these four describe the value *given* that the gate is open, and `p` is P(gate open). `horizon`: one row a cut
     (day = cut_day) over the days after it, instead of one a day.
     """
 
@@ -108,6 +111,9 @@ def _read(uri: str) -> pa.Table:
 
 
 def _conform(table: pa.Table, where: str) -> pa.Table:
+    for name in OPTIONAL:
+        if name not in table.column_names:
+            table = table.append_column(SCHEMA.field(name), pa.repeat(pa.scalar(float("nan"), pa.float32()), len(table)))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise UserError(

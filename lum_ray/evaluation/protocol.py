@@ -84,7 +84,7 @@ def evaluate(
 
     Metrics (`eval/...`). Binary: roc_auc (the AUC of each day offset, averaged), roc_auc_day_1.., roc_auc_per_cut (of
     each offset of each cut, averaged), roc_auc_pooled (all days at once), brier, ece (10 bins of equal mass), bias.
-    Numbers: wmape and bias of the mean; mae and mape of the median; mape_lognormal; interval_coverage, interval_width;
+    Numbers: wmape and bias of the mean; mae and mape of the median; mape_least; interval_coverage, interval_width;
     for a number with a gate p_active_roc_auc and p_active_brier, and the median's metrics over rows with an open gate
     only, named value_if_active_*. A metric whose functional a model does not give is left out for it.
 
@@ -195,10 +195,12 @@ def _numbers(outcomes: Outcomes, forecast: Mapping[str, Floats], gate: Floats | 
     add("bias", every, metrics.bias_terms(y[every], forecast["mean"][every]))
     median, low, high = (forecast[column][counted] for column in ("median", "low", "high"))
     if not np.isnan(median).any():
-        point = metrics.lognormal_point(conditional_mean[counted], median)
+        point = forecast["least_mape"][counted]
+        if np.isnan(point).any():
+            point = metrics.lognormal_point(conditional_mean[counted], median)
         add(f"{prefix}mae", counted, metrics.mae_terms(y[counted], median))
         add(f"{prefix}mape", counted, metrics.mape_terms(y[counted], median))
-        add(f"{prefix}mape_lognormal", counted, metrics.mape_terms(y[counted], point))
+        add(f"{prefix}mape_least", counted, metrics.mape_terms(y[counted], point))
     if not (np.isnan(low).any() or np.isnan(high).any()):
         add(f"{prefix}interval_coverage", counted, metrics.coverage_terms(y[counted], low, high))
         add(f"{prefix}interval_width", counted, metrics.width_terms(low, high))

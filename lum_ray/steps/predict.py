@@ -18,7 +18,7 @@ from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
 from lum_ray.data.state import State, write_state
 from lum_ray.data.windows import CutPlan
-from lum_ray.evaluation.predictions import SCHEMA
+from lum_ray.evaluation.predictions import FUNCTIONALS, SCHEMA
 from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.predictor import FAR_FUTURE, Predictor
 from lum_ray.lumos.stage import LumosStage
@@ -211,7 +211,7 @@ def prediction_table(
             "cut_day": cut,
             "day": (cut + columns["offset"]).astype(np.int32),
             "behaviour": pa.array(list(terms), pa.string()).take(pa.array(columns["term"])),
-            **{name: columns[name] for name in ("p", "mean", "median", "low", "high")},
+            **{name: columns[name] for name in FUNCTIONALS},
             "y": columns["y"],
             "model": pa.repeat(model, count),
             "seed": np.full(count, seed, np.int32),
