@@ -37,10 +37,13 @@ class Ahead:
     """The calendar as it was known at each sample's cut: distinct days, and which of them each day is."""
 
     types: tuple[str, ...]
-    counts_ET: Float32  # how many events of each type
-    values_ET: Float32  # their values, summed, on a scale of their own
-    past_SL: NDArray[np.int32]  # newest day first
-    future_SX: NDArray[np.int32]
+    counts_ET: Float32  # noqa: N815 (a shape suffix)
+    """How many events of each type."""
+    values_ET: Float32  # noqa: N815
+    """Their values, summed, on a scale of their own."""
+    past_SL: NDArray[np.int32]  # noqa: N815
+    """Newest day first."""
+    future_SX: NDArray[np.int32]  # noqa: N815
 
     def take(self, index: Ints) -> Ahead:
         """The samples at `index`."""
@@ -179,7 +182,8 @@ def _focus(yes_SL: NDArray[np.bool_], there_SL: Float32, ahead: Ahead, name: str
     total = np.where(known, gaps, 0).sum(axis=1)
     mean = _ratio(total, count)
     found["gap_mean"] = mean
-    found["gap_deviation"] = np.sqrt(np.maximum(_ratio(np.where(known, gaps, 0) ** 2 @ np.ones(GAPS), count) - mean**2, 0))
+    squares = _ratio(np.where(known, gaps, 0) ** 2 @ np.ones(GAPS), count)
+    found["gap_deviation"] = np.sqrt(np.maximum(squares - mean**2, 0))
     found["gap_longest"] = np.where(count > 0, np.where(known, gaps, 0).max(axis=1), np.nan)
     for k in range(4):
         found[f"gap_{k + 1}"] = gaps[:, k]
@@ -252,4 +256,5 @@ def positions(yes_SL: NDArray[np.bool_], count: int) -> Floats:
 
 def _ratio(above: NDArray[np.number], below: NDArray[np.number]) -> Floats:
     """NaN where there is nothing below: trees take a missing value as one of its own."""
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+    result: Floats = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+    return result

@@ -25,6 +25,7 @@ from lum_ray.evaluation.pictures import WhatIf
 from lum_ray.evaluation.predictions import Predictions, read_predictions
 from lum_ray.evaluation.report import ReportFacts, write_report
 from lum_ray.lumos.collate import Calendar
+from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.stage import LumosStage, functionals, layout_of
 from lum_ray.stage import to_device
 from lum_ray.steps.predict import prediction_tables, trained_stage
@@ -79,7 +80,7 @@ def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Evalu
         )
     write_table(join(uri, "metrics.parquet"), table)
     log("drawing the report")
-    write_report(join(uri, "report.html"), _facts(run, prepared, checkpoint, stage, predictions, table))
+    write_report(join(uri, "report.html"), facts_of(run, prepared, checkpoint, stage, predictions, table))
     commit(
         uri,
         {
@@ -145,26 +146,30 @@ def _predict_test(run: Run, prepared: Prepared, stage: LumosStage, folder: str, 
             f"which go from day {prepared.timelines.manifest['first_day']} to {end_day}"
         )
     write_table(join(folder, "predictions", f"{run.name}.parquet"), table)
-    setting = baselines.Setting(
-        names=tuple(item.name for item in run.data.behaviours),
-        kinds=tuple(item.kind for item in run.data.behaviours),
-        gates=tuple(item.gate for item in run.data.behaviours),
-        resolutions=tuple(item.resolution if item.kind != "binary" else 1.0 for item in run.data.behaviours),
-        future_days=run.section.future_days,
-        derived=stage.inputs.derived,
-        horizons=stage.inputs.horizons,
-    )
+    setting = setting_of(run, stage.inputs)
     known = _train_cuts(run, timelines, stage, end_day)
-    asked = _test_cuts(run, timelines, stage, end_day, max_users)
+    asked = test_cuts(run, timelines, stage.inputs, end_day, max_users)
     for name, other in baselines.predict_baselines(setting, known, asked, seed).items():
         write_table(join(folder, "predictions", f"{name}.parquet"), other)
     commit(folder, {"kind": "predictions", "digest": folder.rsplit("/", 1)[-1], "rows": table.num_rows})
 
 
-def _with_targets(rows: Rows, samples: Samples, run: Run, stage: LumosStage, until_day: int) -> Cuts:
-    daily, over = targets(
-        rows, samples, run.section.future_days, until_day, stage.inputs.derived, stage.inputs.horizons
+def setting_of(run: Run, inputs: Inputs) -> baselines.Setting:
+    """What is predicted, as models other than ours must know it."""
+    return baselines.Setting(
+        names=tuple(item.name for item in run.data.behaviours),
+        kinds=tuple(item.kind for item in run.data.behaviours),
+        gates=tuple(item.gate for item in run.data.behaviours),
+        resolutions=tuple(item.resolution if item.kind != "binary" else 1.0 for item in run.data.behaviours),
+        future_days=run.section.future_days,
+        derived=inputs.derived,
+        horizons=inputs.horizons,
     )
+
+
+def with_targets(rows: Rows, samples: Samples, run: Run, inputs: Inputs, until_day: int) -> Cuts:
+    """Samples with the outcomes that are known before `until_day`."""
+    daily, over = targets(rows, samples, run.section.future_days, until_day, inputs.derived, inputs.horizons)
     return Cuts(rows, samples, daily, over)
 
 
@@ -178,10 +183,10 @@ def _train_cuts(run: Run, timelines: Timelines, stage: LumosStage, end_day: int)
         if users >= BASELINE_USERS:
             break
     rows = Rows.concat(pieces)
-    return _with_targets(rows, plan.draw(rows, run.seed, 0, BASELINE_DRAWS), run, stage, fit_until(run, end_day))
+    return with_targets(rows, plan.draw(rows, run.seed, 0, BASELINE_DRAWS), run, stage.inputs, fit_until(run, end_day))
 
 
-def _test_cuts(run: Run, timelines: Timelines, stage: LumosStage, end_day: int, max_users: int | None) -> Cuts:
+def test_cuts(run: Run, timelines: Timelines, inputs: Inputs, end_day: int, max_users: int | None) -> Cuts:
     """The test cuts, in the order of the model's own predictions."""
     plan = cut_plan(run, "test", end_day)
     pieces, row, cut, base = [], [], [], 0
@@ -193,10 +198,10 @@ def _test_cuts(run: Run, timelines: Timelines, stage: LumosStage, end_day: int, 
         cut.append(samples.cut)
         base += len(rows)
     whole = Samples(np.concatenate(row), np.concatenate(cut), np.zeros(sum(map(len, cut)), np.int32))
-    return _with_targets(Rows.concat(pieces), whole, run, stage, end_day)
+    return with_targets(Rows.concat(pieces), whole, run, inputs, end_day)
 
 
-def _facts(
+def facts_of(
     run: Run, prepared: Prepared, checkpoint: str, stage: LumosStage, predictions: Predictions, table: pa.Table
 ) -> ReportFacts:
     facts = describe(run, prepared)

@@ -1,0 +1,187 @@
+"""contest: a run's model, one or several seeds of it, beside LightGBM with hand-made features.
+
+Every model's predictions of the test cuts are an artifact of their own, so that a contest that was stopped goes on, and
+a second one with more seeds predicts only what is new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lum_ray import weights
+from lum_ray.artifacts import UserError, commit, digest, find, join, read_bytes, write_table
+from lum_ray.config import Run
+from lum_ray.data.reader import Timelines
+from lum_ray.data.rows import Rows, Samples
+from lum_ray.data.windows import CutPlan
+from lum_ray.evaluation import boosted, features
+from lum_ray.evaluation.boosted import Boosted, Part
+from lum_ray.evaluation.features import Ahead
+from lum_ray.evaluation.history import Cuts
+from lum_ray.evaluation.predictions import Task
+from lum_ray.lumos.collate import Calendar
+from lum_ray.lumos.config import Inputs
+from lum_ray.lumos.stage import layout_of
+from lum_ray.steps.evaluate import setting_of, test_cuts, with_targets
+from lum_ray.steps.predict import prediction_tables, trained_stage
+from lum_ray.steps.prepare import Log, Prepared, cut_plan, fit_until, prepare, select_until, silent
+from lum_ray.steps.train import tasks_of, train
+
+MOST_PEER_ROWS = 120_000
+"""Training rows of a LightGBM model: its days are thinned out until they fit."""
+VERSION = 1
+"""Of the peer's features and settings: part of its artifact's name."""
+AVERAGE = "average"
+
+
+def contest_tasks(run: Run, names: Sequence[str] = ()) -> dict[str, Task]:
+    """The tasks of a contest: yes-or-no behaviours and horizons, or those of `names` and the gates that they need.
+
+    Raises UserError for a name that is not among them.
+    """
+    known = {name: task for name, task in tasks_of(run).items() if task.horizon or task.kind == "binary"}
+    derived = {item.name for item in run.data.derived}
+    known = {name: task for name, task in known.items() if name not in derived}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"tasks: expected some of {', '.join(known)}; got {', '.join(unknown[:5])}")
+    wanted = set(names or known)
+    wanted |= {gate for name in wanted if (gate := known[name].gate)}
+    return {name: task for name, task in known.items() if name in wanted}
+
+
+def ours(run: Run, tasks: Mapping[str, Task], log: Log = silent, model: str | None = None) -> str:
+    """Train the run (or find it) and predict the test cuts for `tasks`; returns the predictions' URI."""
+    prepared = prepare(run, log)
+    checkpoint = train(run, log)
+    model = model or run.name
+    shape = [sorted(tasks), model, cut_plan(run, "test", _end(prepared)), weights.fingerprint(checkpoint)]
+    name = f"{checkpoint.rsplit('/', 1)[-1]}-{digest(*shape)[:6]}"
+    uri = join(run.root, "predictions", name)
+    if find(uri) is None:
+        log(f"predicting the test cuts: {model}, seed {run.train.seed}")
+        stage = trained_stage(run, prepared, checkpoint, _end(prepared))
+        timelines, plan = Timelines.open(prepared.timelines.uri), cut_plan(run, "test", _end(prepared))
+        wanted = pa.array(list(tasks), pa.string())
+        pieces = [
+            table.filter(pc.is_in(table["behaviour"], wanted))
+            for table in prediction_tables(stage, timelines, plan, model, run.train.seed)
+        ]
+        _write(uri, name, model, pa.concat_tables(pieces))
+    return uri
+
+
+def peer(run: Run, tasks: Mapping[str, Task], log: Log = silent, calendar: bool = True, threads: int = 0) -> str:
+    """Fit LightGBM on the run's training cuts and predict the test cuts for `tasks`; returns the predictions' URI.
+
+    Without `calendar` its features know nothing of events.
+    """
+    prepared = prepare(run, log)
+    model = boosted.MODEL if calendar else f"{boosted.MODEL}_no_calendar"
+    end_day = _end(prepared)
+    plans = [*(cut_plan(run, part, end_day) for part in ("validate", "test")), _peer_plan(run, end_day)]
+    read = [prepared.timelines.manifest["digest"], prepared.calendar.manifest["digest"], prepared.inputs.to_json()]
+    name = f"{model}-{digest('peer', VERSION, read, plans, sorted(tasks), calendar)}"
+    uri = join(run.root, "predictions", name)
+    if find(uri) is None:
+        log(f"fitting {model}")
+        fitted = boosted_of(run, prepared, calendar, threads)
+        _write(uri, name, model, fitted.table(list(tasks), model, log))
+    return uri
+
+
+def average(uris: Sequence[str], root: str, model: str) -> str:
+    """One prediction file out of several: the mean of each column over the files, row by row, as the model `model`."""
+    name = f"{model}-{digest('average', [uri.rsplit('/', 1)[-1] for uri in uris])}"
+    uri = join(root, "predictions", name)
+    if find(uri) is None:
+        tables = [pq.read_table(pa.BufferReader(read_bytes(_file(part)))) for part in uris]
+        table = tables[0]
+        for column in ("p", "mean", "median", "low", "high", "least_mape"):
+            place = table.schema.get_field_index(column)
+            mean = np.mean([part[column].to_numpy() for part in tables], axis=0, dtype=np.float64)
+            table = table.set_column(place, table.schema.field(column), pa.array(mean.astype(np.float32)))
+        for column, value in (("model", model), ("seed", 0)):
+            place = table.schema.get_field_index(column)
+            field = table.schema.field(column)
+            table = table.set_column(place, field, pa.repeat(pa.scalar(value, field.type), len(table)))
+        _write(uri, name, model, table)
+    return uri
+
+
+def boosted_of(run: Run, prepared: Prepared, calendar: bool = True, threads: int = 0) -> Boosted:
+    """LightGBM over the run's cuts, not yet fitted."""
+    end_day = _end(prepared)
+    timelines = Timelines.open(prepared.timelines.uri)
+    inputs = prepared.inputs
+    everybody = timelines.read(np.flatnonzero(timelines.bucket_users).tolist())
+    plan = _peer_plan(run, end_day)
+    known = _cuts(run, inputs, everybody, plan, fit_until(run, end_day))
+    held = _cuts(run, inputs, everybody, cut_plan(run, "validate", end_day), select_until(run, end_day))
+    wanted = test_cuts(run, timelines, inputs, end_day, None)
+    table = prepared.calendar_table if run.data.calendar else None
+    days = max(inputs.days_ahead(run.section.future_days), 28) + 2
+    profiles = run.data.profiles
+    training, watched, asked = (Part(cuts, _ahead(run, inputs, table, cuts, days)) for cuts in (known, held, wanted))
+    return Boosted(
+        setting_of(run, inputs),
+        training,
+        watched,
+        asked,
+        profile=(*profiles.numbers, *profiles.categories) if profiles else (),
+        calendar=calendar and bool(inputs.event_types),
+        seed=run.train.seed,
+        threads=threads,
+    )
+
+
+def _peer_plan(run: Run, end_day: int) -> CutPlan:
+    """The days on which LUMOS is supervised: those of its plan, and before them the earlier cuts of its windows."""
+    plan, section = cut_plan(run, "train", end_day), run.section
+    return dataclasses.replace(plan, from_day=plan.from_day - (section.cuts_per_window - 1) * section.cut_stride_days)
+
+
+def _cuts(run: Run, inputs: Inputs, rows: Rows, plan: CutPlan, until_day: int) -> Cuts:
+    """Every cut of a plan, its days thinned out to at most `MOST_PEER_ROWS` by a stride that meets all weekdays."""
+    samples = plan.every(rows)
+    stride = 1
+    while len(samples) > stride * MOST_PEER_ROWS or (stride > 1 and stride % 7 == 0):
+        stride += 1
+    kept = samples.cut % stride == 0
+    return with_targets(rows, Samples(samples.row[kept], samples.cut[kept], samples.draw[kept]), run, inputs, until_day)
+
+
+def _ahead(run: Run, inputs: Inputs, table: pa.Table | None, cuts: Cuts, days: int) -> Ahead:
+    layout = layout_of(run.section, inputs)
+    calendar, length = Calendar(table, layout), features.LENGTH
+    size = len(cuts.samples)
+    past_SL, future_SX = np.empty((size, length), np.int32), np.empty((size, days), np.int32)
+    pieces, base = [], 0
+    for index, some in features.chunks(cuts.samples):
+        cut = some.cut.astype(np.int64)
+        as_of = np.repeat(cut[:, None], length + days, axis=1)
+        found, at = calendar.look_up(cuts.rows.user_hash[some.row], cuts.rows.segment[some.row], cut - length, as_of)
+        past_SL[index], future_SX[index] = at[:, :length][:, ::-1] + base, at[:, length:] + base
+        pieces.append(found[:, layout.rhythm_width :])
+        base += len(found)
+    rows_ET = np.concatenate(pieces)
+    types = len(layout.types)
+    return Ahead(layout.types, rows_ET[:, :types], rows_ET[:, types : 2 * types], past_SL, future_SX)
+
+
+def _end(prepared: Prepared) -> int:
+    return int(prepared.timelines.manifest["end_day"])
+
+
+def _file(uri: str) -> str:
+    return join(uri, "predictions", "0000.parquet")
+
+
+def _write(uri: str, name: str, model: str, table: pa.Table) -> None:
+    write_table(_file(uri), table)
+    commit(uri, {"kind": "predictions", "digest": name, "model": model, "rows": table.num_rows})
