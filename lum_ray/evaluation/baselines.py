@@ -336,9 +336,7 @@ def _number(
     return result if p is None else result | {"p": p}
 
 
-def prediction_rows(
-    model: str, seed: int, cuts: Cuts, name: str, y: Floats, columns: Mapping[str, Floats]
-) -> pa.Table:
+def prediction_rows(model: str, seed: int, cuts: Cuts, name: str, y: Floats, columns: Mapping[str, Floats]) -> pa.Table:
     """One behaviour's rows of a prediction file (S * F, or S for a horizon target), by sample, then by day; `y` and
     each column are (S, F) or (S, 1), in raw units."""
     days = y.shape[1]

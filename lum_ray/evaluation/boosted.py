@@ -11,7 +11,6 @@ Legend: S samples, F future days, H horizon targets, C features.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +23,7 @@ from lum_ray.evaluation import features
 from lum_ray.evaluation.baselines import Setting, prediction_rows
 from lum_ray.evaluation.features import Ahead, Sheet
 from lum_ray.evaluation.history import Cuts
-from lum_ray.evaluation.metrics import Floats, Ints
+from lum_ray.evaluation.metrics import Floats
 
 MODEL = "lightgbm"
 NUMBERS = {
@@ -76,7 +75,9 @@ class Boosted:
     _general: list[Sheet] = field(default_factory=list)
     _focus: dict[int, list[Sheet]] = field(default_factory=dict)
 
-    def table(self, tasks: Sequence[str], model: str = MODEL, log: Callable[[str], None] = lambda text: None) -> pa.Table:
+    def table(
+        self, tasks: Sequence[str], model: str = MODEL, log: Callable[[str], None] = lambda text: None
+    ) -> pa.Table:
         """The prediction file of the test cuts for `tasks`: yes-or-no behaviours and horizons.
 
         Raises UserError for a task that is neither.

@@ -179,7 +179,9 @@ def _focus(yes_SL: NDArray[np.bool_], there_SL: Float32, ahead: Ahead, name: str
     total = np.where(known, gaps, 0).sum(axis=1)
     mean = _ratio(total, count)
     found["gap_mean"] = mean
-    found["gap_deviation"] = np.sqrt(np.maximum(_ratio(np.where(known, gaps, 0) ** 2 @ np.ones(GAPS), count) - mean**2, 0))
+    found["gap_deviation"] = np.sqrt(
+        np.maximum(_ratio(np.where(known, gaps, 0) ** 2 @ np.ones(GAPS), count) - mean**2, 0)
+    )
     found["gap_longest"] = np.where(count > 0, np.where(known, gaps, 0).max(axis=1), np.nan)
     for k in range(4):
         found[f"gap_{k + 1}"] = gaps[:, k]

@@ -53,8 +53,8 @@ class Task:
     """What a behaviour of a prediction file is.
 
     binary: `p` (= `mean`) is filled. Numbers fill `mean` (unconditional), and `median`, `low`, `high`, `least_mape`;
-    with a `gate` these four describe the value *given* that the gate is open, and `p` is P(gate open). `horizon`: one row a cut
-    (day = cut_day) over the days after it, instead of one a day.
+    with a `gate` these four describe the value *given* that the gate is open, and `p` is P(gate open). `horizon`: one
+    row a cut (day = cut_day) over the days after it, instead of one a day.
     """
 
     kind: Literal["binary", "continuous", "count"]
@@ -113,7 +113,9 @@ def _read(uri: str) -> pa.Table:
 def _conform(table: pa.Table, where: str) -> pa.Table:
     for name in OPTIONAL:
         if name not in table.column_names:
-            table = table.append_column(SCHEMA.field(name), pa.repeat(pa.scalar(float("nan"), pa.float32()), len(table)))
+            table = table.append_column(
+                SCHEMA.field(name), pa.repeat(pa.scalar(float("nan"), pa.float32()), len(table))
+            )
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise UserError(
