@@ -78,7 +78,7 @@ def dense(rows: Rows, samples: Samples, days: int = LENGTH) -> tuple[Float32, Fl
 
 def chunks(samples: Samples, size: int = CHUNK) -> Iterator[tuple[Ints, Samples]]:
     """The samples in pieces that fit in memory once they are dense, with their places."""
-    for start in range(0, len(samples), size):
+    for start in range(0, max(len(samples), 1), size):  # one piece without samples has the columns too
         index = np.arange(start, min(start + size, len(samples)))
         yield index, Samples(samples.row[index], samples.cut[index], samples.draw[index])
 
@@ -114,7 +114,7 @@ def _general(rows: Rows, samples: Samples, names: tuple[str, ...], gates: tuple[
         for days in (28, 84, LENGTH):
             open_days = opened_SLU[:, days - 1, gate]
             add(f"{name}/given_open_{days}", _ratio(sums_SLU[:, days - 1, u], open_days))
-        add(f"{name}/most_{84}", values_SLU[:, :84, u].max(axis=1))
+        add(f"{name}/most_84", values_SLU[:, :84, u].max(axis=1))
         squares = (values_SLU[:, :, u].astype(np.float64) ** 2).sum(axis=1)
         opened, mean = opened_SLU[:, -1, gate], _ratio(sums_SLU[:, -1, u], opened_SLU[:, -1, gate])
         add(f"{name}/deviation", np.sqrt(np.maximum(_ratio(squares, opened) - mean**2, 0)))
@@ -147,12 +147,11 @@ def profile(rows: Rows, row: Ints, known: Mapping[str, tuple[str, ...]]) -> Shee
     in their vocabulary, -1 where missing or unknown."""
     columns = []
     for name, values in known.items():
-        found = rows.profile[name][row]
-        if values:
+        found = rows.profile[name]
+        if not np.issubdtype(found.dtype, np.number):
             place = {value: index for index, value in enumerate(values)}
-            texts, which = np.unique([str(value) for value in found], return_inverse=True)
-            found = np.array([place.get(str(text), -1) for text in texts])[which]
-        columns.append(found.astype(np.float32))
+            found = np.array([-1 if value is None else place.get(str(value), -1) for value in found], np.float32)
+        columns.append(found[row].astype(np.float32))
     table = np.stack(columns, axis=1) if columns else np.zeros((len(row), 0), np.float32)
     return Sheet(tuple(known), table, tuple(name for name, values in known.items() if values))
 
@@ -193,8 +192,8 @@ def _focus(yes_SL: NDArray[np.bool_], there_SL: Float32, ahead: Ahead, name: str
     yes = yes_SL.astype(np.float32)
     for day in range(14):
         found[f"day_{day + 1}"] = yes[:, day]
-    weekly = yes.reshape(len(yes), -1, 7)
-    observed = there_SL.reshape(len(yes), -1, 7)
+    weekly = yes.reshape(len(yes), LENGTH // 7, 7)
+    observed = there_SL.reshape(len(yes), LENGTH // 7, 7)
     for week in range(8):
         found[f"week_{week + 1}"] = weekly[:, week].sum(axis=1)
     active_weeks = (weekly.max(axis=2) > 0).astype(np.float32)
@@ -218,8 +217,9 @@ def _focus(yes_SL: NDArray[np.bool_], there_SL: Float32, ahead: Ahead, name: str
 
 
 def coming(ahead: Ahead, cut: Ints, first: int, days: int) -> Sheet:
-    """The calendar of the `days` days from `first` days after the cut on: the weekday, per event type how many and
-    what value, over the days and on each neighbour, and how long since the last and until the next."""
+    """The calendar of the `days` days from `first` days after the cut on: the first one's weekday, per event type how
+    many and what value over the days, the value on the first one's neighbours, and how long since the last and until
+    the next."""
     found: dict[str, NDArray[np.floating]] = {"weekday": ((cut + first + 3) % 7).astype(np.float32)}
     counts = ahead.counts_ET[ahead.future_SX]
     values = ahead.values_ET[ahead.future_SX]
@@ -254,4 +254,4 @@ def positions(yes_SL: NDArray[np.bool_], count: int) -> Floats:
 
 def _ratio(above: NDArray[np.number], below: NDArray[np.number]) -> Floats:
     """NaN where there is nothing below: trees take a missing value as one of its own."""
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+    return np.asarray(np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0))
