@@ -26,14 +26,6 @@ from lum_ray.evaluation.history import Cuts
 from lum_ray.evaluation.metrics import Floats
 
 MODEL = "lightgbm"
-NUMBERS: dict[str, dict[str, Any]] = {
-    "mean": {"objective": "gamma"},
-    "median": {"objective": "quantile", "alpha": 0.5},
-    "low": {"objective": "quantile", "alpha": 0.05},
-    "high": {"objective": "quantile", "alpha": 0.95},
-    "least_mape": {"objective": "mape"},
-}
-"""What each functional of a number, given that its gate is open, is trained with."""
 GRID: tuple[dict[str, Any], ...] = (
     {"num_leaves": 15, "min_data_in_leaf": 100, "feature_fraction": 0.3},
     {"num_leaves": 7, "min_data_in_leaf": 100, "feature_fraction": 0.1},
@@ -51,6 +43,18 @@ FIXED = {
 MOST_TREES, PATIENCE_TREES = 1500, 60
 
 
+def objectives(interval: tuple[float, float]) -> dict[str, dict[str, Any]]:
+    """What each functional of a number, given that its gate is open, is trained with."""
+    low, high = interval
+    return {
+        "mean": {"objective": "gamma"},
+        "median": {"objective": "quantile", "alpha": 0.5},
+        "low": {"objective": "quantile", "alpha": low},
+        "high": {"objective": "quantile", "alpha": high},
+        "least_mape": {"objective": "mape"},
+    }
+
+
 @dataclass(frozen=True)
 class Part:
     """Samples of some users with their targets, and the calendar as it was known at each cut."""
@@ -61,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Boosted:
-    """Fits and predicts task by task. `categories` of the profile are read as such (see `features.vocabulary`)."""
+    """Fits and predicts task by task. `profile` names the columns of the profile that it reads; `threads` 0: all."""
 
     setting: Setting
     train: Part
@@ -74,14 +78,18 @@ class Boosted:
     _tuned: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
     _general: list[Sheet] = field(default_factory=list)
     _focus: dict[int, list[Sheet]] = field(default_factory=dict)
+    _opened: dict[int, Floats] = field(default_factory=dict)
 
     def table(
         self, tasks: Sequence[str], model: str = MODEL, log: Callable[[str], None] = lambda text: None
     ) -> pa.Table:
         """The prediction file of the test cuts for `tasks`: yes-or-no behaviours and horizons.
 
-        Raises UserError for a task that is neither.
+        Raises UserError, before any model is fitted, for a task that is neither, and where lightgbm is missing.
         """
+        _lightgbm()
+        for name in tasks:
+            self._refuse(name)
         pieces = []
         for name in tasks:
             log(f"{model}: {name}")
@@ -91,10 +99,21 @@ class Boosted:
     def _parts(self) -> tuple[Part, Part, Part]:
         return self.train, self.validate, self.test
 
+    def _refuse(self, name: str) -> None:
+        names = [horizon.name for horizon in self.setting.horizons]
+        if name in self.setting.names:
+            if not self.setting.binary(self.setting.names.index(name)):
+                raise UserError(f"{name}: the peer predicts numbers over horizons only; ask for a sum over days")
+        elif name not in names:
+            known = ", ".join((*self.setting.names, *names)[:20])
+            raise UserError(f"{name}: the peer predicts behaviours and horizons; expected one of {known}")
+        else:
+            horizon = self.setting.horizons[names.index(name)]
+            if horizon.over == "sum" and self.setting.open_horizon(horizon) is None:
+                raise UserError(f"{name}: the peer needs `any` of its gate over the same days among the horizons")
+
     def _daily(self, name: str, model: str) -> pa.Table:
         column = self.setting.names.index(name)
-        if not self.setting.binary(column):
-            raise UserError(f"{name}: the peer predicts numbers over horizons only; ask for a yes or no, or a horizon")
         p = np.empty((len(self.test.cuts.samples), self.setting.future_days))
         for ahead_days in range(self.setting.future_days):
             y = [part.cuts.daily[:, ahead_days, column] > 0 for part in self._parts()[:2]]
@@ -106,47 +125,45 @@ class Boosted:
         )
 
     def _horizon(self, name: str, model: str) -> pa.Table:
-        names = [horizon.name for horizon in self.setting.horizons]
-        if name not in names:
-            raise UserError(f"{name}: expected one of {', '.join((*self.setting.names, *names)[:20])}")
-        place = names.index(name)
+        place = [horizon.name for horizon in self.setting.horizons].index(name)
         horizon = self.setting.horizons[place]
-        y = [part.cuts.over[:, place] for part in self._parts()]
-        known = [~np.isnan(values) for values in y]
-        truth = y[2][:, None]
+        truth = self.test.cuts.over[:, place, None]
         if horizon.over == "any":
             p = self._any(place)
             return prediction_rows(model, self.seed, self.test.cuts, name, truth, {"p": p, "mean": p})
         unit = self.setting.resolutions[horizon.behaviour]
         sheets = self._sheets(horizon.behaviour, 0, horizon.days)
-        opened = [mask & (values > 0) for mask, values in zip(known, y, strict=True)]
-        values = [part * unit for part in y]
+        values = [part.cuts.over[:, place] * unit for part in self._parts()[:2]]
+        opened = [value > 0 for value in values]  # an unknown value is not above 0 either
         found = {
-            column: np.maximum(self._fitted(horizon.behaviour, objective, sheets, values[:2], opened[:2]), 0)[:, None]
-            for column, objective in NUMBERS.items()
+            column: np.maximum(self._fitted(horizon.behaviour, objective, sheets, values, opened), 0)[:, None]
+            for column, objective in objectives(self.setting.interval).items()
         }
         gate = self.setting.open_horizon(horizon)
-        if gate is None:
-            raise UserError(f"{name}: the peer needs `any` of its gate over the same days among the horizons")
+        assert gate is not None
         p = self._any(gate)
         columns = {"p": p, **found, "mean": p * found["mean"]}
         return prediction_rows(model, self.seed, self.test.cuts, name, truth * unit, columns)
 
     def _any(self, place: int) -> Floats:
+        """(S, 1) P(`any` over the days), fitted once: a task of its own may be the gate of a sum as well."""
+        if place in self._opened:
+            return self._opened[place]
         horizon = self.setting.horizons[place]
         y = [part.cuts.over[:, place] for part in self._parts()[:2]]
         known = [~np.isnan(values) for values in y]
         sheets = self._sheets(horizon.behaviour, 0, horizon.days)
         yes = [values > 0 for values in y]
-        return self._fitted(horizon.behaviour, {"objective": "binary"}, sheets, yes, known)[:, None]
+        self._opened[place] = self._fitted(horizon.behaviour, {"objective": "binary"}, sheets, yes, known)[:, None]
+        return self._opened[place]
 
     def _sheets(self, column: int, first: int, days: int) -> list[Sheet]:
         """The features of training, validation and test for days [first, first + days) after the cut."""
         setting = self.setting
         focus = setting.names.index(gate) if (gate := setting.gates[column]) is not None else column
         if not self._general:
-            known = {name: values for name, values in features.vocabulary(self.train.cuts.rows).items()
-                     if name in self.profile}  # fmt: skip
+            seen = features.vocabulary(self.train.cuts.rows)
+            known = {name: values for name, values in seen.items() if name in self.profile}
             gates = tuple(setting.names.index(gate) if gate is not None else None for gate in setting.gates)
             for part in self._parts():
                 rows, samples = part.cuts.rows, part.cuts.samples
@@ -179,16 +196,23 @@ class Boosted:
 
         The first model of a behaviour and an objective tries the grid; the others take what was best for it.
         """
-        import lightgbm
-
+        lightgbm = _lightgbm()
         train, test = (np.flatnonzero(mask) for mask in known)
         if len(train) == 0 or len(test) == 0:
             raise UserError(f"{self.setting.names[column]}: no training or no validation row with a known outcome")
         coded = [sheets[0].names.index(name) for name in sheets[0].categories]
+        # else features are dropped for the first `min_data_in_leaf`, and the grid may not change it
+        fixed = {"feature_pre_filter": False}
         table = lightgbm.Dataset(
-            sheets[0].columns[train], y[0][train].astype(np.float64), categorical_feature=coded, free_raw_data=False
+            sheets[0].columns[train],
+            y[0][train].astype(np.float64),
+            categorical_feature=coded,
+            params=fixed,
+            free_raw_data=False,
         )
-        watched = lightgbm.Dataset(sheets[1].columns[test], y[1][test].astype(np.float64), reference=table)
+        watched = lightgbm.Dataset(
+            sheets[1].columns[test], y[1][test].astype(np.float64), reference=table, params=fixed
+        )
         key = (column, str(sorted(objective.items())))
         best: tuple[float, Any, dict[str, Any]] | None = None
         for setting in [self._tuned[key]] if key in self._tuned else GRID:
@@ -205,3 +229,12 @@ class Boosted:
         assert best is not None
         self._tuned[key] = best[2]
         return np.asarray(best[1].predict(sheets[2].columns, num_threads=self.threads), np.float64)
+
+
+def _lightgbm() -> Any:
+    # Imported where it is used: only the benchmark needs it.
+    try:
+        import lightgbm
+    except ImportError as error:
+        raise UserError("the peer needs lightgbm; install it with `pip install 'lum_ray[bench]'`") from error
+    return lightgbm

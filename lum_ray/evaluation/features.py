@@ -37,13 +37,10 @@ class Ahead:
     """The calendar as it was known at each sample's cut: distinct days, and which of them each day is."""
 
     types: tuple[str, ...]
-    counts_ET: Float32  # noqa: N815 (a shape suffix)
-    """How many events of each type."""
-    values_ET: Float32  # noqa: N815
-    """Their values, summed, on a scale of their own."""
-    past_SL: NDArray[np.int32]  # noqa: N815
-    """Newest day first."""
-    future_SX: NDArray[np.int32]  # noqa: N815
+    counts_ET: Float32  # how many events of each type
+    values_ET: Float32  # their values, summed, on a scale of their own
+    past_SL: NDArray[np.int32]  # newest day first
+    future_SX: NDArray[np.int32]
 
     def take(self, index: Ints) -> Ahead:
         """The samples at `index`."""
@@ -81,7 +78,7 @@ def dense(rows: Rows, samples: Samples, days: int = LENGTH) -> tuple[Float32, Fl
 
 def chunks(samples: Samples, size: int = CHUNK) -> Iterator[tuple[Ints, Samples]]:
     """The samples in pieces that fit in memory once they are dense, with their places."""
-    for start in range(0, len(samples), size):
+    for start in range(0, max(len(samples), 1), size):  # one piece without samples has the columns too
         index = np.arange(start, min(start + size, len(samples)))
         yield index, Samples(samples.row[index], samples.cut[index], samples.draw[index])
 
@@ -117,7 +114,7 @@ def _general(rows: Rows, samples: Samples, names: tuple[str, ...], gates: tuple[
         for days in (28, 84, LENGTH):
             open_days = opened_SLU[:, days - 1, gate]
             add(f"{name}/given_open_{days}", _ratio(sums_SLU[:, days - 1, u], open_days))
-        add(f"{name}/most_{84}", values_SLU[:, :84, u].max(axis=1))
+        add(f"{name}/most_84", values_SLU[:, :84, u].max(axis=1))
         squares = (values_SLU[:, :, u].astype(np.float64) ** 2).sum(axis=1)
         opened, mean = opened_SLU[:, -1, gate], _ratio(sums_SLU[:, -1, u], opened_SLU[:, -1, gate])
         add(f"{name}/deviation", np.sqrt(np.maximum(_ratio(squares, opened) - mean**2, 0)))
@@ -150,12 +147,11 @@ def profile(rows: Rows, row: Ints, known: Mapping[str, tuple[str, ...]]) -> Shee
     in their vocabulary, -1 where missing or unknown."""
     columns = []
     for name, values in known.items():
-        found = rows.profile[name][row]
-        if values:
+        found = rows.profile[name]
+        if not np.issubdtype(found.dtype, np.number):
             place = {value: index for index, value in enumerate(values)}
-            texts, which = np.unique([str(value) for value in found], return_inverse=True)
-            found = np.array([place.get(str(text), -1) for text in texts])[which]
-        columns.append(found.astype(np.float32))
+            found = np.array([-1 if value is None else place.get(str(value), -1) for value in found], np.float32)
+        columns.append(found[row].astype(np.float32))
     table = np.stack(columns, axis=1) if columns else np.zeros((len(row), 0), np.float32)
     return Sheet(tuple(known), table, tuple(name for name, values in known.items() if values))
 
@@ -182,8 +178,9 @@ def _focus(yes_SL: NDArray[np.bool_], there_SL: Float32, ahead: Ahead, name: str
     total = np.where(known, gaps, 0).sum(axis=1)
     mean = _ratio(total, count)
     found["gap_mean"] = mean
-    squares = _ratio(np.where(known, gaps, 0) ** 2 @ np.ones(GAPS), count)
-    found["gap_deviation"] = np.sqrt(np.maximum(squares - mean**2, 0))
+    found["gap_deviation"] = np.sqrt(
+        np.maximum(_ratio(np.where(known, gaps, 0) ** 2 @ np.ones(GAPS), count) - mean**2, 0)
+    )
     found["gap_longest"] = np.where(count > 0, np.where(known, gaps, 0).max(axis=1), np.nan)
     for k in range(4):
         found[f"gap_{k + 1}"] = gaps[:, k]
@@ -195,8 +192,8 @@ def _focus(yes_SL: NDArray[np.bool_], there_SL: Float32, ahead: Ahead, name: str
     yes = yes_SL.astype(np.float32)
     for day in range(14):
         found[f"day_{day + 1}"] = yes[:, day]
-    weekly = yes.reshape(len(yes), -1, 7)
-    observed = there_SL.reshape(len(yes), -1, 7)
+    weekly = yes.reshape(len(yes), LENGTH // 7, 7)
+    observed = there_SL.reshape(len(yes), LENGTH // 7, 7)
     for week in range(8):
         found[f"week_{week + 1}"] = weekly[:, week].sum(axis=1)
     active_weeks = (weekly.max(axis=2) > 0).astype(np.float32)
@@ -220,8 +217,9 @@ def _focus(yes_SL: NDArray[np.bool_], there_SL: Float32, ahead: Ahead, name: str
 
 
 def coming(ahead: Ahead, cut: Ints, first: int, days: int) -> Sheet:
-    """The calendar of the `days` days from `first` days after the cut on: the weekday, per event type how many and
-    what value, over the days and on each neighbour, and how long since the last and until the next."""
+    """The calendar of the `days` days from `first` days after the cut on: the first one's weekday, per event type how
+    many and what value over the days, the value on the first one's neighbours, and how long since the last and until
+    the next."""
     found: dict[str, NDArray[np.floating]] = {"weekday": ((cut + first + 3) % 7).astype(np.float32)}
     counts = ahead.counts_ET[ahead.future_SX]
     values = ahead.values_ET[ahead.future_SX]
@@ -256,5 +254,4 @@ def positions(yes_SL: NDArray[np.bool_], count: int) -> Floats:
 
 def _ratio(above: NDArray[np.number], below: NDArray[np.number]) -> Floats:
     """NaN where there is nothing below: trees take a missing value as one of its own."""
-    result: Floats = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
-    return result
+    return np.asarray(np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0))

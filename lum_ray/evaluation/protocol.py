@@ -180,24 +180,15 @@ def _numbers(outcomes: Outcomes, forecast: Mapping[str, Floats], gate: Floats | 
     def add(metric: str, rows: NDArray[np.bool_], terms: Terms) -> None:
         result[f"eval/{metric}"] = (bootstrap.ratio_resamples(terms, outcomes.user[rows], weights), int(rows.sum()))
 
-    if gate is None:
-        every = counted = ~np.isnan(outcomes.y)
-        y, prefix, conditional_mean = outcomes.y, "", forecast["mean"]
-    else:
-        # A closed gate means a value of 0, whether the file says 0 or (masked) NaN.
-        y = np.where(gate == 0, 0.0, outcomes.y)
-        every = ~np.isnan(gate) & ~np.isnan(y)
-        counted, prefix = every & (gate == 1), "value_if_active_"
-        p = forecast["p"]
-        conditional_mean = np.divide(forecast["mean"], p, out=np.zeros_like(p), where=p > 0)
-        add("p_active_brier", every, metrics.brier_terms(gate[every], p[every]))
+    y, every, counted = known_values(outcomes, gate)
+    prefix = "" if gate is None else "value_if_active_"
+    if gate is not None:
+        add("p_active_brier", every, metrics.brier_terms(gate[every], forecast["p"][every]))
     add("wmape", every, metrics.wmape_terms(y[every], forecast["mean"][every]))
     add("bias", every, metrics.bias_terms(y[every], forecast["mean"][every]))
     median, low, high = (forecast[column][counted] for column in ("median", "low", "high"))
     if not np.isnan(median).any():
-        point = forecast["least_mape"][counted]
-        if np.isnan(point).any():
-            point = metrics.lognormal_point(conditional_mean[counted], median)
+        point = least_mape(forecast, gate is not None)[counted]
         add(f"{prefix}mae", counted, metrics.mae_terms(y[counted], median))
         add(f"{prefix}mape", counted, metrics.mape_terms(y[counted], median))
         add(f"{prefix}mape_least", counted, metrics.mape_terms(y[counted], point))
@@ -205,6 +196,30 @@ def _numbers(outcomes: Outcomes, forecast: Mapping[str, Floats], gate: Floats | 
         add(f"{prefix}interval_coverage", counted, metrics.coverage_terms(y[counted], low, high))
         add(f"{prefix}interval_width", counted, metrics.width_terms(low, high))
     return result
+
+
+def known_values(outcomes: Outcomes, gate: Floats | None) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of a number, (n,) each: the values, which are known, and which of those the metrics of its size count.
+
+    A closed gate means a value of 0, whether the file says 0 or (masked) NaN; the size counts where it is open.
+    """
+    if gate is None:
+        known = ~np.isnan(outcomes.y)
+        return outcomes.y, known, known
+    y = np.where(gate == 0, 0.0, outcomes.y)
+    known = ~np.isnan(gate) & ~np.isnan(y)
+    return y, known, known & (gate == 1)
+
+
+def least_mape(forecast: Mapping[str, Floats], gated: bool) -> Floats:
+    """(n,) the model's own forecast with the least percentage error, else that of a log-normal of its mean and median;
+    NaN where it gives neither.
+    """
+    if not np.isnan(forecast["least_mape"]).any():
+        return forecast["least_mape"]
+    mean, p = forecast["mean"], forecast["p"]
+    conditional_mean = np.divide(mean, p, out=np.zeros_like(p), where=p > 0) if gated else mean
+    return metrics.lognormal_point(conditional_mean, forecast["median"])
 
 
 def by_cohort(

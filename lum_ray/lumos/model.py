@@ -73,11 +73,11 @@ def match_starts(heads: int, inputs: Inputs) -> Tensor:
 class Memory(NamedTuple):
     """An encoded history, to be decoded as often as wanted (what-if)."""
 
-    states_BTD: Tensor  # noqa: N815 (a shape suffix)
+    states_BTD: Tensor
     keys_values: tuple[KeysValues, ...]
     """Of each decoder layer."""
-    pad_BT: Tensor  # noqa: N815
-    days_BTS: Tensor | None  # noqa: N815
+    pad_BT: Tensor
+    days_BTS: Tensor | None
     """Event rows of the past days, where `day_match` compares them with the future's."""
 
 

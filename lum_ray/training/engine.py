@@ -59,8 +59,8 @@ class Outcome:
     ranks that asked to stop.
     """
 
-    sums_K: torch.Tensor  # noqa: N815
-    counts_K: torch.Tensor  # noqa: N815
+    sums_K: torch.Tensor
+    counts_K: torch.Tensor
     objective: torch.Tensor
     gradient_norm: torch.Tensor
     votes: torch.Tensor
