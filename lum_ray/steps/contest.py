@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +21,11 @@ from lum_ray.config import Run
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
 from lum_ray.data.windows import CutPlan
-from lum_ray.evaluation import boosted, features
+from lum_ray.evaluation import boosted, features, protocol, strata
 from lum_ray.evaluation.boosted import Boosted, Part
 from lum_ray.evaluation.features import Ahead
 from lum_ray.evaluation.history import Cuts
-from lum_ray.evaluation.predictions import Task
+from lum_ray.evaluation.predictions import FUNCTIONALS, Predictions, Task, read_predictions
 from lum_ray.lumos.collate import Calendar
 from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.stage import layout_of
@@ -38,6 +39,7 @@ MOST_PEER_ROWS = 120_000
 VERSION = 1
 """Of the peer's features and settings: part of its artifact's name."""
 AVERAGE = "average"
+NO_CALENDAR = f"{boosted.MODEL}_no_calendar"
 
 
 def contest_tasks(run: Run, names: Sequence[str] = ()) -> dict[str, Task]:
@@ -53,6 +55,71 @@ def contest_tasks(run: Run, names: Sequence[str] = ()) -> dict[str, Task]:
     wanted = set(names or known)
     wanted |= {gate for name in wanted if (gate := known[name].gate)}
     return {name: task for name, task in known.items() if name in wanted}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Checked predictions of a run's model (`ours`) and its peers for `tasks`, and what was computed of them: metrics
+    (schema `protocol.TABLE`), groups (`strata.STRATA`) and the worth of the calendar (`strata.WORTH`, None where no
+    model without it took part)."""
+
+    ours: str
+    tasks: dict[str, Task]
+    predictions: Predictions
+    table: pa.Table
+    strata: pa.Table
+    worth: pa.Table | None
+
+
+def contest(
+    run: Run,
+    log: Log = silent,
+    names: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    calendar: bool = False,
+    threads: int = 0,
+) -> Contest:
+    """Train the run for each of `seeds`, fit LightGBM, and compare them on the test cuts.
+
+    `names`: the tasks (default: all that the peer can predict); several seeds also take part as the average of their
+    forecasts; `calendar` adds both models without the calendar. Raises UserError as `prepare`, `train` and
+    `contest_tasks` do.
+    """
+    tasks = contest_tasks(run, names)
+    uris = [peer(run, tasks, log, threads=threads)]
+    uris += (own := [ours(with_seed(run, seed), tasks, log, run.name) for seed in seeds])
+    if len(own) > 1:
+        uris.append(average(own, run.root, f"{run.name}_{AVERAGE}"))
+    pairs = {}
+    if calendar and run.data.calendar:
+        blind = without_calendar(run)
+        pairs = {run.name: blind.name, boosted.MODEL: NO_CALENDAR}
+        uris += [peer(run, tasks, log, calendar=False, threads=threads), ours(with_seed(blind, seeds[0]), tasks, log)]
+    log(f"comparing {len(uris)} prediction files")
+    predictions = read_predictions(uris, tasks)
+    prepared = prepare(run)
+    cuts = test_cuts(run, Timelines.open(prepared.timelines.uri), prepared.inputs, _end(prepared), None)
+    first = next(i for i, item in enumerate(run.data.behaviours) if item.kind == "binary")
+    groups = [strata.by_history(cuts), strata.by_activity(cuts, first), strata.by_segment(cuts)]
+    return Contest(
+        run.name,
+        tasks,
+        predictions,
+        protocol.evaluate(predictions, tasks, ours=run.name),
+        strata.compare(predictions, tasks, [group for group in groups if group.labels], run.name, boosted.MODEL),
+        strata.calendar_worth(predictions, tasks, pairs) if pairs else None,
+    )
+
+
+def with_seed(run: Run, seed: int) -> Run:
+    """The run with another seed of its training."""
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, seed=seed))
+
+
+def without_calendar(run: Run) -> Run:
+    """The run whose model is told nothing of events, of the past or to come."""
+    section = dataclasses.replace(run.section, past_events=False, future_events=False)
+    return dataclasses.replace(run, name=f"{run.name}_no_calendar", section=section)
 
 
 def ours(run: Run, tasks: Mapping[str, Task], log: Log = silent, model: str | None = None) -> str:
@@ -82,7 +149,7 @@ def peer(run: Run, tasks: Mapping[str, Task], log: Log = silent, calendar: bool 
     Without `calendar` its features know nothing of events.
     """
     prepared = prepare(run, log)
-    model = boosted.MODEL if calendar else f"{boosted.MODEL}_no_calendar"
+    model = boosted.MODEL if calendar else NO_CALENDAR
     end_day = _end(prepared)
     plans = [*(cut_plan(run, part, end_day) for part in ("validate", "test")), _peer_plan(run, end_day)]
     read = [prepared.timelines.manifest["digest"], prepared.calendar.manifest["digest"], prepared.inputs.to_json()]
@@ -102,7 +169,7 @@ def average(uris: Sequence[str], root: str, model: str) -> str:
     if find(uri) is None:
         tables = [pq.read_table(pa.BufferReader(read_bytes(_file(part)))) for part in uris]
         table = tables[0]
-        for column in ("p", "mean", "median", "low", "high", "least_mape"):
+        for column in FUNCTIONALS:
             place = table.schema.get_field_index(column)
             mean = np.mean([part[column].to_numpy() for part in tables], axis=0, dtype=np.float64)
             table = table.set_column(place, table.schema.field(column), pa.array(mean.astype(np.float32)))
