@@ -26,7 +26,7 @@ from lum_ray.artifacts import (
 )
 from lum_ray.config import Run, Subset, day_number
 from lum_ray.data import prepare as data_prepare
-from lum_ray.data.adapters import write_source
+from lum_ray.data.adapters import VERSIONS, write_source
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
 from lum_ray.data.schema import RawTables, check_events
@@ -85,7 +85,7 @@ def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
         if data.profiles and own[1] is None:
             raise UserError("data.profiles.path: missing; give the folder of the profiles, or remove `data.profiles`")
     else:
-        name = digest("raw", source, fingerprint(source.path) if source.path else None)
+        name = digest("raw", VERSIONS[source.adapter], source, fingerprint(source.path) if source.path else None)
         uri = join(run.root, "raw", f"{source.adapter}-{name}")
         if find(uri) is None:
             log(f"writing raw tables of {source.adapter}")

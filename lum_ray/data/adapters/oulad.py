@@ -15,7 +15,8 @@ Tables written:
 - calendar: the due days of a course (`deadline_tma`, `deadline_cma`, `deadline_exam`), value = 1 + w / 100 with w the
   weight in percent of the assessments of that type due on that day: 11 of the 120 deadlines weigh 0 and must not
   vanish. An exam without a day takes place at the end of the last week (so the source's documentation): on the last
-  day.
+  day. On each of the 7 days before it stands `before_tma` (or cma, exam), whose value grows from 1/7 to 1: a model that
+  sees a day's own events alone must still know that work is due soon.
 
 Source: Kuzilek, Hlosta, Zdrahal, Scientific Data 4, 170171 (2017).
 """
@@ -35,6 +36,7 @@ from lum_ray.artifacts import UserError
 
 COURSE = ("code_module", "code_presentation")
 DEMOGRAPHICS = ("gender", "region", "highest_education", "imd_band", "age_band", "disability")
+LEAD_DAYS = 7
 COUNTS = ("num_of_prev_attempts", "studied_credits")
 COLUMNS = {
     "vle_events": (*COURSE, "id_student", "id_site", "date", "sum_click"),
@@ -198,15 +200,26 @@ def _deadlines(folder: str, presentations: list[str] | None, length: Mapping[str
     due = pa.table({"key": course, "start_day": day, "event_type": kind, "weight": table["weight"]})
     # Seven computer-marked pieces due on one day are one deadline with the sum of their weights.
     due = due.group_by(["key", "start_day", "event_type"], use_threads=False).aggregate([("weight", "sum")])
-    count = due.num_rows
+    worth = pc.add(pc.divide(due["weight_sum"], 100.0), 1.0)
+    parts = [_segment_rows(due["key"], due["start_day"], due["event_type"], worth)]
+    before = pc.replace_substring(due["event_type"], "deadline", "before")
+    for days in range(1, LEAD_DAYS + 1):
+        value = pa.repeat(pa.scalar((LEAD_DAYS + 1 - days) / LEAD_DAYS), due.num_rows)
+        parts.append(_segment_rows(due["key"], pc.subtract(due["start_day"], pa.scalar(days, pa.int32())), before, value))
+    return pa.concat_tables(parts)
+
+
+def _segment_rows(key: Any, day: Any, event_type: Any, value: Any) -> pa.Table:
+    """Calendar rows of one day each, always known."""
+    count = len(key)
     return pa.table(
         {
             "scope": pa.array(["segment"] * count, pa.string()),
-            "key": due["key"],
-            "start_day": due["start_day"],
-            "end_day": due["start_day"],
-            "event_type": due["event_type"],
-            "value": pc.add(pc.divide(due["weight_sum"], 100.0), 1.0),
+            "key": key,
+            "start_day": day,
+            "end_day": day,
+            "event_type": event_type,
+            "value": value,
             "known_at": pa.nulls(count, pa.int32()),
         }
     )

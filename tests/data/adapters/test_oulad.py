@@ -70,11 +70,16 @@ def test_tiny_folder(tmp_path: Path) -> None:
     assert profiles["ends"].to_pylist() == [11] * 3
     assert profiles["course"].to_pylist() == ["AAA_2013J"] * 3
     calendar = pq.read_table(dest / "calendar").to_pylist()
-    assert [(row["key"], row["start_day"], row["end_day"], row["event_type"], row["value"]) for row in calendar] == [
+    assert [(row["key"], row["start_day"], row["end_day"], row["event_type"], row["value"]) for row in calendar][:3] == [
         ("AAA_2013J", 4, 4, "deadline_tma", 1.25),
         ("AAA_2013J", 8, 8, "deadline_cma", 1.05),
         ("AAA_2013J", 10, 10, "deadline_exam", 2.0),
     ]
+    ahead = {(row["event_type"], row["start_day"]): row["value"] for row in calendar[3:]}
+    assert len(ahead) == len(calendar) - 3 == 21
+    assert ahead["before_tma", 3] == 1.0
+    assert ahead["before_tma", -3] == pytest.approx(1 / 7)
+    assert ("before_tma", 4) not in ahead
     assert {row["scope"] for row in calendar} == {"segment"}
     assert {
         str(pq.read_schema(dest / name / "0000.parquet").field(day).type)
@@ -130,4 +135,4 @@ if REAL.is_dir():
         assert row.null_count == 0
         ends = pc.take(profiles["ends"], row)
         assert pc.max(pc.subtract(events["time"], ends)).as_py() == -1
-        assert pq.read_table(tmp_path / "calendar").num_rows == 120
+        assert pq.read_table(tmp_path / "calendar").num_rows == 120 * (1 + oulad.LEAD_DAYS)
