@@ -190,12 +190,15 @@ def worth(table: pa.Table) -> Worth:
         own = [row for row in rows if row["model"] == model and row["gain"] is not None]
         if not own:
             continue
-        best = max(own, key=lambda row: float(row["gain"]))
+        # A difference of AUC and a share of a MAPE are not on one scale: the best of each.
+        by_metric = [[row for row in own if (row["metric"] == AUC) == auc] for auc in (True, False)]
+        best = [max(found, key=lambda row: float(row["gain"])) for found in by_metric if found]
+        most = " and ".join(f"{row['task']} ({_gain(row['gain'], row['metric'])})" for row in best)
         verdicts = [_verdict(row) for row in own]
         parts.append(
             f"{model} is better with the calendar in {sum(row['gain'] > 0 for row in own)} of {len(own)} tasks "
             f"(the 95 % interval speaks for it in {verdicts.count(1)}, against it in {verdicts.count(-1)}), "
-            f"most in {best['task']} ({_gain(best['gain'], best['metric'])})"
+            f"most in {most}"
         )
     sentence = "; ".join(parts) + "." if parts else "No task has enough rows."
     return Worth(Lines("calendar", tuple(lines)), sentence)

@@ -127,8 +127,8 @@ def test_seeds_are_averaged() -> None:
 
 
 def numbers() -> Predictions:
-    """Spend of 100 where the gate is open, which it is not for each fourth user; ours says 90, the peer's log-normal has
-    no width and says 80.
+    """Spend of 100 where the gate is open, which it is not for each fourth user; ours says 90, the peer's log-normal
+    has no width and says 80.
     """
     every = {"p": 0.5, "low": 1.0, "high": 200.0, "y": lambda user, _: 100.0 if user % 4 else 0.0}
     tables = [
@@ -176,8 +176,8 @@ def test_what_a_calendar_is_worth_by_hand() -> None:
     shown = strata_pictures.worth(table)
     assert shown.sentence == (
         "ours is better with the calendar in 1 of 2 tasks (the 95 % interval speaks for it in 1, against it in 0), "
-        "most in spend (+50.0\u00a0%); peer is better with the calendar in 0 of 2 tasks (the 95 % interval speaks for "
-        "it in 0, against it in 1), most in active (+.000)."
+        "most in active (+.000) and spend (+50.0\u00a0%); peer is better with the calendar in 0 of 2 tasks (the 95 % "
+        "interval speaks for it in 0, against it in 1), most in active (+.000) and spend (-100.0\u00a0%)."
     )
     assert shown.table.lines[1] == (
         "ours",
