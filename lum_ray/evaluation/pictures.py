@@ -100,7 +100,7 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
             panels[1].set(title="Validation AUC", xlabel="step")
         for panel in panels:
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        source = _embed(figure)
+        source = embed(figure)
     tenth = max(1, len(loss) // 10)
     first, last = float(loss[:tenth].mean()), float(loss[-tenth:].mean())
     sentence = (
@@ -152,7 +152,7 @@ def auc_by_day(table: pa.Table, ours: str) -> Picture | None:
             panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3)
-        source = _embed(figure)
+        source = embed(figure)
     task = tasks[0]
     sentences = []
     own = sorted(found[task].get(ours, []))
@@ -187,7 +187,7 @@ def calibration(tasks: Sequence[Reliability]) -> Picture | None:
             )
             panel.locator_params(nbins=6)
         panels[0].legend(loc="upper left")
-        source = _embed(figure)
+        source = embed(figure)
     worst: tuple[float, float, float, str] = (-1.0, 0.0, 0.0, "")
     for task in drawn:
         for predicted, observed in zip(task.predicted, task.observed, strict=True):
@@ -241,7 +241,7 @@ def attention_map(attention: Attention) -> Picture:
         figure.colorbar(
             image, ax=heat, orientation="horizontal", label="% of a future day's attention", aspect=50, pad=0.02
         )
-        source = _embed(figure)
+        source = embed(figure)
     mean, recent = weights.mean(axis=0), min(RECENT_DAYS, length - 1)
     # Peaks only: without an event the largest old value is just the edge of the recent days.
     padded = np.concatenate([[-1.0], mean, [np.inf]])
@@ -284,7 +284,7 @@ def attention_mass(masses: Sequence[Mass]) -> Picture:
         )
         axis.set_ylim(len(present) - 0.4, -0.6)
         figure.legend(loc="outside upper right", ncols=2)
-        source = _embed(figure)
+        source = embed(figure)
     parts = [f"{mass.share * 100:.1f} % on the {mass.name} ({_times(mass)} the uniform share)" for mass in present]
     missing = [f"{mass.name}: {mass.absent}" for mass in masses if mass.absent]
     tail = f" Not measured: {'; '.join(missing)}." if missing else ""
@@ -308,7 +308,7 @@ def what_if(example: WhatIf) -> Picture:
         axis.set(ylabel=f"{example.behaviour} ({example.unit})")
         axis.margins(y=0.15)
         figure.legend(loc="outside upper center", ncols=2)
-        source = _embed(figure)
+        source = embed(figure)
     change, total = scenario - baseline, float(baseline.sum())
     most = int(np.argmax(np.abs(change)))
     relative = f" ({float(change.sum()) / total * 100:+.1f} %)" if total else ""
@@ -362,7 +362,8 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
     return figure, panels[:count]
 
 
-def _embed(figure: Figure) -> str:
+def embed(figure: Figure) -> str:
+    """The figure as a data URI of an SVG that names no address."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()

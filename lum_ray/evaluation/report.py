@@ -15,7 +15,7 @@ import pyarrow as pa
 from jinja2 import Environment
 
 from lum_ray.artifacts import write_bytes
-from lum_ray.evaluation import pictures
+from lum_ray.evaluation import pictures, strata_pictures
 from lum_ray.evaluation.attention import Attention, attention_masses
 from lum_ray.evaluation.metrics import Reliability
 from lum_ray.evaluation.pictures import Picture, WhatIf, short
@@ -48,6 +48,7 @@ class ReportFacts:
     metrics: `protocol.evaluate(..., ours=ours)`. curves: the rows of metrics.jsonl. calibration: one a binary task of
     `ours`. pad_share: share of input tokens that are pads. data, summary: (label, value) lines. cohorts:
     `protocol.by_cohort`. no_attention, no_what_if: why there is none, such as "no yearly event in the data".
+    strata: `strata.compare` of `ours` and `peer`. calendar_worth: `strata.calendar_worth`.
     """
 
     title: str
@@ -63,6 +64,9 @@ class ReportFacts:
     pad_share: float | None = None
     data: tuple[tuple[str, str], ...] = ()
     cohorts: pa.Table | None = None
+    strata: pa.Table | None = None
+    peer: str = ""
+    calendar_worth: pa.Table | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,10 @@ def render(facts: ReportFacts) -> str:
             sections=_sections(facts),
             pads=_pads(facts.pad_share),
             cohorts=_cohorts(facts.cohorts),
+            strata=strata_pictures.comparison(facts.strata, facts.ours, facts.peer)
+            if facts.strata is not None
+            else None,
+            worth=strata_pictures.worth(facts.calendar_worth) if facts.calendar_worth is not None else None,
         )
     )
 

@@ -27,6 +27,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 td small { display: block; color: var(--soft); white-space: nowrap; font-size: .78rem; font-weight: 400; }
 td.ours, th.ours { background: var(--tint); }
+th.block { color: var(--ink); padding-top: 1em; }
 th.ours { color: var(--ours); }
 td b { color: var(--ink); font-weight: 750; }
 td { color: #3d4956; }
@@ -42,8 +43,13 @@ nav a { color: var(--ours); margin-right: .9em; white-space: nowrap; }
 <body>
 <main>
 <h1>{{ facts.title }}</h1>
+{% set links %}
+<a href="#strata">Where each is better</a> <a href="#calendar">What the calendar is worth</a>
+{% endset %}
 <nav><a href="#run">Run</a> <a href="#metrics">Metrics</a>
+{% if strata or worth %}{{ links }}{% endif %}
 {% for section in sections %}<a href="#{{ section.name }}">{{ section.title }}</a> {% endfor %}
+{% if not (strata or worth) %}{{ links }}{% endif %}
 <a href="#cohorts">Cohorts</a> <a href="#data">Data</a></nav>
 
 <h2 id="run">Run</h2>
@@ -91,6 +97,47 @@ All models predict the same rows.</p>
 {% else %}<p class="absent">Not shown: no predictions were evaluated.</p>
 {% endif %}
 
+{% macro contest() %}
+<h2 id="strata">Where each is better</h2>
+{% if strata and strata.tables %}
+<p class="soft">The gain of {{ facts.ours }} over {{ facts.peer }} in groups of users and days, with its 95 %
+interval by paired bootstrap over users; right of 0, {{ facts.ours }} is better.</p>
+{% for task, picture in strata.pictures %}
+<h3>{{ task }}</h3>
+<p>{{ picture.sentence }}</p>
+<div class="wide"><img alt="Where each is better: {{ picture.sentence }}" src="{{ picture.source }}"></div>
+{% else %}<p class="absent">Not drawn: no group of any task holds enough rows of both outcomes.</p>
+{% endfor %}
+{% for table in strata.tables %}
+<details><summary>{{ table.name }}</summary>
+<div class="wide"><table>
+<tr><th>group</th><th>gain</th><th class="ours">{{ facts.ours|replace("_", " ") }}</th>
+<th>{{ facts.peer|replace("_", " ") }}</th><th>rows</th><th>users</th></tr>
+{% for by, group, n, users, ours, peer, gain, interval in table.lines %}
+{% if loop.changed(by) %}<tr><th class="block" colspan="6">{{ by }}</th></tr>{% endif %}
+<tr><td>{{ group }}</td><td>{{ gain }}{% if interval %}<small>{{ interval }}</small>{% endif %}</td>
+<td class="ours">{{ ours }}</td><td>{{ peer }}</td><td>{{ n }}</td><td>{{ users }}</td></tr>
+{% endfor %}</table></div>
+</details>
+{% endfor %}
+{% else %}<p class="absent">Not shown: no peer was compared group by group.</p>
+{% endif %}
+
+<h2 id="calendar">What the calendar is worth</h2>
+{% if worth and worth.table.lines %}
+<p>{{ worth.sentence }}</p>
+<div class="wide"><table>
+<tr><th>model</th><th>task</th><th>metric</th><th>with</th><th>without</th><th>gain</th></tr>
+{% for model, task, metric, with_calendar, without, gain, interval in worth.table.lines %}
+<tr><td>{{ model }}</td><td>{{ task }}</td><td>{{ metric }}</td><td>{{ with_calendar }}</td><td>{{ without }}</td>
+<td>{{ gain }}{% if interval %}<small>{{ interval }}</small>{% endif %}</td></tr>
+{% endfor %}</table></div>
+{% else %}<p class="absent">Not shown: no model was compared with itself without the calendar.</p>
+{% endif %}
+{% endmacro %}
+{# A contest of models opens with its outcome; a run of one model says last that there was none. #}
+{% if strata or worth %}{{ contest() }}{% endif %}
+
 {% for section in sections %}
 <h2 id="{{ section.name }}">{{ section.title }}</h2>
 {% if section.picture %}
@@ -100,6 +147,7 @@ src="{{ section.picture.source }}"></div>
 {% else %}<p class="absent">Not shown: {{ section.absent }}.</p>
 {% endif %}
 {% endfor %}
+{% if not (strata or worth) %}{{ contest() }}{% endif %}
 
 <h2 id="cohorts">Cohorts</h2>
 {% if cohorts %}

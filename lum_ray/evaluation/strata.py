@@ -42,7 +42,7 @@ STRATA = pa.schema(
 )
 """One row a (task, by, group). `n` rows that the metric counts. `gain`: the difference of two AUC, or the share of the
 peer's MAPE that ours saves. The figures are null in a group with one class, with a forecast that a model does not give,
-or with fewer than FEWEST_ROWS rows.
+or with fewer than FEWEST_ROWS rows or FEWEST_USERS users.
 """
 
 WORTH = pa.schema(
@@ -60,7 +60,8 @@ WORTH = pa.schema(
 """One row a (model, task); `gain` as in `STRATA`, positive where the calendar helps."""
 
 AUC, DAY_AHEAD = "eval/roc_auc", "day ahead"
-FEWEST_ROWS = 50
+FEWEST_ROWS, FEWEST_USERS = 50, 20
+"""Below these an interval over resampled users says more than it knows."""
 HISTORY_EDGES = (28, 84, 182)
 SHARE_DAYS, SHARE_EDGES = 84, (0.0, 0.05, 0.15, 0.30)
 
@@ -221,7 +222,7 @@ def _paired(
     names: tuple[str, str],
 ) -> dict[str, float | None]:
     """The metric of two models over the rows `inside`, and the gain of the first with its interval."""
-    if inside.sum() < FEWEST_ROWS:
+    if inside.sum() < FEWEST_ROWS or len(np.unique(part.rows.user[inside])) < FEWEST_USERS:
         return {}
     one, other = (_resamples(predictions, part, model, np.flatnonzero(inside), weights) for model in models)
     if part.metric == AUC:

@@ -85,6 +85,9 @@ def test_gaps_against_the_present_silence() -> None:
     assert column(late, "active/recency")[0] == 5
     assert column(late, "active/gaps_longer")[0] == pytest.approx(2 / 3)
     assert column(late, "active/own_hazard")[0] == pytest.approx(1.5 / 3)
+    for days, hazard in ((6, 0.5 / 2), (7, 1.5 / 2)):  # the gap of 14 days ends on the eighth day ahead, or the seventh
+        late = features.focus(rows, at(rows, CUT + days), calendar({}, {}, samples=3), 0, "active")
+        assert column(late, "active/own_hazard")[0] == pytest.approx(hazard)
 
 
 def test_windows_by_hand() -> None:

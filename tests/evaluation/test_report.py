@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lum_ray.evaluation import baselines, pictures, protocol
+from lum_ray.evaluation import baselines, pictures, protocol, strata
 from lum_ray.evaluation.attention import Attention, attention_masses
 from lum_ray.evaluation.metrics import reliability
 from lum_ray.evaluation.pictures import WhatIf
@@ -20,7 +20,7 @@ from lum_ray.evaluation.predictions import check
 from lum_ray.evaluation.report import ReportFacts, metric_tables, render, write_report
 from tests.evaluation.small_world import SETTING, TASKS, splits
 
-OURS = "recency_frequency_logistic"
+OURS, PEER = "recency_frequency_logistic", "same_weekday"
 
 
 def attention() -> Attention:
@@ -61,6 +61,9 @@ def facts() -> ReportFacts:
         pad_share=0.083,
         data=(("users", "300"),),
         cohorts=protocol.by_cohort(predicted, cohorts, TASKS, OURS, resamples=50),
+        strata=strata.compare(predicted, TASKS, [strata.by_activity(splits()[1], 0)], OURS, PEER, resamples=50),
+        peer=PEER,
+        calendar_worth=strata.calendar_worth(predicted, TASKS, {OURS: PEER}, resamples=50),
     )
 
 
@@ -82,11 +85,14 @@ def test_each_section_has_its_sentence(facts: ReportFacts, tmp_path: Path) -> No
         "8.3 % of the input tokens are pads",
         "minus the prediction",
         "recency_frequency_logistic is best in",
+        "In active, recency_frequency_logistic is better than same_weekday in",
+        "active_any_7: AUC in all groups",
+        "recency_frequency_logistic is better with the calendar in",
         "tiny & quick",
     ):
         assert sentence in text, sentence
     assert "<h1>A run &lt;on&gt; test data</h1>" in path.read_text()
-    assert "Not shown" not in text
+    assert "Not shown" not in text and "Not drawn: no group" not in text
     assert path.stat().st_size < 3_000_000
 
 
@@ -95,7 +101,7 @@ def test_nothing_comes_from_outside(facts: ReportFacts) -> None:
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert not re.search(r"https?://|<script|@import|url\(", text)
     images = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)
-    assert len(images) == 6
+    assert len(images) == 6 + 3  # a forest plot for each of three headline tasks
     for image in images:
         svg = base64.b64decode(image).decode()
         ET.fromstring(svg)
@@ -114,11 +120,31 @@ def test_an_empty_run_announces_what_is_missing() -> None:
         "no yearly event in the data",
         "no scenario was asked for",
         "no cohorts were assigned",
+        "no peer was compared group by group",
+        "no model was compared with itself without the calendar",
         "no data facts were given",
         "The share of pads was not measured.",
     ):
         assert reason in text, reason
     assert "<img" not in text
+
+
+def test_a_contest_opens_with_its_outcome(facts: ReportFacts) -> None:
+    def places(text: str) -> list[int]:
+        return [text.index(f'id="{name}"') for name in ("metrics", "strata", "calendar", "curves", "cohorts")]
+
+    order = places(render(facts))
+    assert order == sorted(order)
+    metrics, contest, calendar, curves, cohorts = places(render(ReportFacts("One model", "lumos")))
+    assert metrics < curves < contest < calendar < cohorts
+
+
+def test_groups_that_cannot_be_compared_are_listed(facts: ReportFacts) -> None:
+    assert facts.strata is not None
+    small = [row for row in facts.strata.to_pylist() if row["gain"] is None]
+    text = render(ReportFacts("t", OURS, peer=PEER, strata=pa.Table.from_pylist(small, schema=strata.STRATA)))
+    assert "Not drawn: no group of any task" in text
+    assert "too few" in text and "<img" not in text
 
 
 def test_the_best_of_a_row_is_marked(facts: ReportFacts) -> None:
