@@ -59,7 +59,7 @@ WORTH = pa.schema(
 )
 """One row a (model, task); `gain` as in `STRATA`, positive where the calendar helps."""
 
-AUC, DAY_AHEAD = "eval/roc_auc", "day ahead"
+AUC, EVERY, DAY_AHEAD = "eval/roc_auc", "all users", "day ahead"
 FEWEST_ROWS, FEWEST_USERS = 50, 20
 """Below these an interval over resampled users says more than it knows."""
 HISTORY_EDGES = (28, 84, 182)
@@ -75,6 +75,11 @@ class Grouping:
     users: NDArray[np.object_]  # (S,)
     cut: Ints  # (S,)
     code: Ints  # (S,) index into labels, -1 where it is in none
+
+
+def everybody(cuts: Cuts) -> Grouping:
+    """One group of all."""
+    return _grouping(EVERY, ("all",), cuts, np.zeros(len(cuts.samples), np.int64))
 
 
 def by_history(cuts: Cuts) -> Grouping:

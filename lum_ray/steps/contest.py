@@ -26,10 +26,11 @@ from lum_ray.evaluation.boosted import Boosted, Part
 from lum_ray.evaluation.features import Ahead
 from lum_ray.evaluation.history import Cuts
 from lum_ray.evaluation.predictions import FUNCTIONALS, Predictions, Task, read_predictions
+from lum_ray.evaluation.report import write_report
 from lum_ray.lumos.collate import Calendar
 from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.stage import layout_of
-from lum_ray.steps.evaluate import setting_of, test_cuts, with_targets
+from lum_ray.steps.evaluate import facts_of, setting_of, test_cuts, with_targets
 from lum_ray.steps.predict import prediction_tables, trained_stage
 from lum_ray.steps.prepare import Log, Prepared, cut_plan, fit_until, prepare, select_until, silent
 from lum_ray.steps.train import tasks_of, train
@@ -59,14 +60,16 @@ def contest_tasks(run: Run, names: Sequence[str] = ()) -> dict[str, Task]:
 
 @dataclass(frozen=True)
 class Contest:
-    """Checked predictions of a run's model (`ours`) and its peers for `tasks`, and what was computed of them: metrics
-    (schema `protocol.TABLE`), groups (`strata.STRATA`) and the worth of the calendar (`strata.WORTH`, None where no
-    model without it took part)."""
+    """Where the report is; checked predictions of a run's model (`ours`) and its peers for `tasks` at the test `cuts`;
+    and what was computed of them: metrics (schema `protocol.TABLE`), groups (`strata.STRATA`) and the worth of the
+    calendar (`strata.WORTH`, None where no model without it took part)."""
 
+    uri: str
     ours: str
     tasks: dict[str, Task]
     predictions: Predictions
     table: pa.Table
+    cuts: Cuts
     strata: pa.Table
     worth: pa.Table | None
 
@@ -100,15 +103,22 @@ def contest(
     prepared = prepare(run)
     cuts = test_cuts(run, Timelines.open(prepared.timelines.uri), prepared.inputs, _end(prepared), None)
     first = next(i for i, item in enumerate(run.data.behaviours) if item.kind == "binary")
-    groups = [strata.by_history(cuts), strata.by_activity(cuts, first), strata.by_segment(cuts)]
-    return Contest(
-        run.name,
-        tasks,
-        predictions,
-        protocol.evaluate(predictions, tasks, ours=run.name),
-        strata.compare(predictions, tasks, [group for group in groups if group.labels], run.name, boosted.MODEL),
-        strata.calendar_worth(predictions, tasks, pairs) if pairs else None,
-    )
+    groups = (strata.everybody(cuts), strata.by_history(cuts), strata.by_activity(cuts, first), strata.by_segment(cuts))
+    table = protocol.evaluate(predictions, tasks, ours=run.name)
+    groups_table = strata.compare(predictions, tasks, groups, run.name, boosted.MODEL)
+    worth = strata.calendar_worth(predictions, tasks, pairs) if pairs else None
+    name = digest("contest", [uri.rsplit("/", 1)[-1] for uri in uris])
+    uri = join(run.root, "reports", f"{run.name}-contest-{name}")
+    if find(uri) is None:
+        log("drawing the report")
+        facts = facts_of(with_seed(run, seeds[0]), prepared, train(with_seed(run, seeds[0])), predictions, table, tasks)
+        facts = dataclasses.replace(facts, strata=groups_table, peer=boosted.MODEL, calendar_worth=worth)
+        write_table(join(uri, "metrics.parquet"), table)
+        write_table(join(uri, "groups.parquet"), groups_table)
+        write_report(join(uri, "report.html"), facts)
+        files = ["report.html", "metrics.parquet", "groups.parquet"]
+        commit(uri, {"kind": "report", "digest": name, "files": files})
+    return Contest(uri, run.name, tasks, predictions, table, cuts, groups_table, worth)
 
 
 def with_seed(run: Run, seed: int) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from lum_ray.evaluation import baselines, metrics, protocol
 from lum_ray.evaluation.attention import Attention
 from lum_ray.evaluation.history import Cuts
 from lum_ray.evaluation.pictures import WhatIf
-from lum_ray.evaluation.predictions import Predictions, read_predictions
+from lum_ray.evaluation.predictions import Predictions, Task, read_predictions
 from lum_ray.evaluation.report import ReportFacts, write_report
 from lum_ray.lumos.collate import Calendar
 from lum_ray.lumos.config import Inputs
@@ -80,7 +81,7 @@ def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Evalu
         )
     write_table(join(uri, "metrics.parquet"), table)
     log("drawing the report")
-    write_report(join(uri, "report.html"), facts_of(run, prepared, checkpoint, stage, predictions, table))
+    write_report(join(uri, "report.html"), facts_of(run, prepared, checkpoint, predictions, table, tasks_of(run)))
     commit(
         uri,
         {
@@ -202,13 +203,20 @@ def test_cuts(run: Run, timelines: Timelines, inputs: Inputs, end_day: int, max_
 
 
 def facts_of(
-    run: Run, prepared: Prepared, checkpoint: str, stage: LumosStage, predictions: Predictions, table: pa.Table
+    run: Run,
+    prepared: Prepared,
+    checkpoint: str,
+    predictions: Predictions,
+    table: pa.Table,
+    tasks: Mapping[str, Task],
 ) -> ReportFacts:
+    """What the report shows of a run, its predictions of `tasks` and their metrics."""
     facts = describe(run, prepared)
+    stage = trained_stage(run, prepared, checkpoint, int(prepared.timelines.manifest["end_day"]))
     record = open_artifact(checkpoint).manifest
     curves = tuple(json.loads(line) for line in read_bytes(join(checkpoint, "metrics.jsonl")).splitlines())
     reliabilities: list[metrics.Reliability] = []
-    for name, task in tasks_of(run).items():
+    for name, task in tasks.items():
         if task.kind == "binary" and len(reliabilities) < 8:
             outcomes = predictions.outcomes[name]
             p = predictions.forecasts[name, run.name, run.train.seed]["p"]

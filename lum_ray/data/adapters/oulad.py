@@ -205,7 +205,8 @@ def _deadlines(folder: str, presentations: list[str] | None, length: Mapping[str
     before = pc.replace_substring(due["event_type"], "deadline", "before")
     for days in range(1, LEAD_DAYS + 1):
         value = pa.repeat(pa.scalar((LEAD_DAYS + 1 - days) / LEAD_DAYS), due.num_rows)
-        parts.append(_segment_rows(due["key"], pc.subtract(due["start_day"], pa.scalar(days, pa.int32())), before, value))
+        day = pc.subtract(due["start_day"], pa.scalar(days, pa.int32()))
+        parts.append(_segment_rows(due["key"], day, before, value))
     return pa.concat_tables(parts)
 
 

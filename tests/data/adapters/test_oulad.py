@@ -70,7 +70,8 @@ def test_tiny_folder(tmp_path: Path) -> None:
     assert profiles["ends"].to_pylist() == [11] * 3
     assert profiles["course"].to_pylist() == ["AAA_2013J"] * 3
     calendar = pq.read_table(dest / "calendar").to_pylist()
-    assert [(row["key"], row["start_day"], row["end_day"], row["event_type"], row["value"]) for row in calendar][:3] == [
+    columns = ("key", "start_day", "end_day", "event_type", "value")
+    assert [tuple(row[name] for name in columns) for row in calendar][:3] == [
         ("AAA_2013J", 4, 4, "deadline_tma", 1.25),
         ("AAA_2013J", 8, 8, "deadline_cma", 1.05),
         ("AAA_2013J", 10, 10, "deadline_exam", 2.0),
