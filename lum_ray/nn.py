@@ -128,13 +128,25 @@ class CrossAttention(nn.Module):
     be kept. Source: LUMOS, eqs. 3 to 6.
 
     With `raw_width` U every head also averages U given numbers of each memory position, as they are, with the same
-    weights; a matrix of their own brings the M * U averages into the output.
+    weights; a matrix of their own brings the M * U averages into the output. With `raw_logs` it reads each average a
+    in three ways, as a, asinh(a * (1 + decay of the head)), which is about log(1 + how many days), and as
+    asinh(1000 a), which falls with the days since the last one: chances go with the logarithm of a rate.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, gain: float = 1.0, raw_width: int = 0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float = 0.0,
+        gain: float = 1.0,
+        raw_width: int = 0,
+        raw_logs: bool = False,
+    ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.raw_out = nn.Linear(heads * raw_width, width, bias=False) if raw_width else None
+        inputs = heads * raw_width * (3 if raw_logs else 1)
+        self.raw_out = nn.Linear(inputs, width, bias=False) if raw_width else None
+        self.span = Constants({"days_M11": 1 + decays(heads)[:, None, None]}, persistent=False) if raw_logs else None
         self.q = nn.Linear(width, width, bias=False)
         self.kv = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -165,7 +177,11 @@ class CrossAttention(nn.Module):
         mixed = attend(q, *memory, bias, False, dropout, plain)
         result: Tensor = self.out(join_heads(mixed[..., : q.shape[-1]]))
         if self.raw_out is not None:
-            result = result + self.raw_out(join_heads(mixed[..., q.shape[-1] :]))
+            raw = mixed[..., q.shape[-1] :]
+            if self.span is not None:
+                days = self.span["days_M11"].to(raw.dtype)
+                raw = torch.cat([raw, torch.asinh(raw * days), 0.3 * torch.asinh(1000 * raw)], dim=-1)
+            result = result + self.raw_out(join_heads(raw))
         return result
 
     def weights(self, x_BQD: Tensor, memory: KeysValues, bias: Tensor | None, turned: Rotation | None) -> Tensor:

@@ -111,6 +111,19 @@ def lumos_demo() -> Run:
     )
 
 
+def lumos_complete_journey() -> Run:
+    """`lumos_demo` trained for longer, and with horizons of 28 days: the contest with LightGBM."""
+    run = lumos_demo()
+    longer = tuple(dataclasses.replace(horizon, days=28) for horizon in run.data.horizons)
+    return dataclasses.replace(
+        run,
+        name="lumos_complete_journey",
+        data=dataclasses.replace(run.data, horizons=(*run.data.horizons, *longer), engine="auto"),
+        section=dataclasses.replace(run.section, raw_logs=True, event_dropout=0.5),
+        train=dataclasses.replace(run.train, steps=1600, ema=0.995, validate_every=200, validate_users=100_000),
+    )
+
+
 def lumos_oulad() -> Run:
     """Clicks and submissions of students (OULAD): trained on 2013B and 2013J, tested on 2014B."""
     return Run(
@@ -127,7 +140,14 @@ def lumos_oulad() -> Run:
                 Behaviour("content", "count", "sum(clicks * (activity_type == 'oucontent'))", gate="active"),
                 Behaviour("quiz", "count", "sum(clicks * (activity_type == 'quiz'))", gate="active"),
             ),
-            horizons=(Horizon("active", "any", 7), Horizon("submitted", "any", 7), Horizon("clicks", "sum", 7)),
+            horizons=(
+                Horizon("active", "any", 7),
+                Horizon("submitted", "any", 7),
+                Horizon("clicks", "sum", 7),
+                Horizon("active", "any", 28),
+                Horizon("submitted", "any", 28),
+                Horizon("clicks", "sum", 28),
+            ),
             profiles=Profiles(
                 registered="registered",
                 ends="ends",
@@ -294,5 +314,5 @@ def lumos_wide() -> Run:
 
 PRESETS: dict[str, Callable[[], Run]] = {
     function.__name__: function
-    for function in (lumos_demo, lumos_oulad, lumos_simulator, lumos_tiny, lumos_paper, lumos_wide)
+    for function in (lumos_demo, lumos_complete_journey, lumos_oulad, lumos_simulator, lumos_tiny, lumos_paper, lumos_wide)
 }

@@ -73,6 +73,12 @@ class LumosConfig:
     raw_values: bool = False
     """Departs: the decoder's attention averages the scaled behaviours of the days too, beside their encoded states, so
     that a behaviour that is rare need not first be learned through the encoder to be counted."""
+    raw_logs: bool = False
+    """Departs: these averages are read on logarithmic scales too (see `nn.CrossAttention`); needs `raw_values`."""
+    event_dropout: float = 0.0
+    """Departs: in training the events of a day (its weekday stays) are hidden from all windows of a batch alike with
+    this chance. Where the past holds few weeks, a calendar of numbers names each of them, and would be learned by
+    heart."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -97,7 +103,9 @@ class LumosConfig:
             raise ValueError(f"positions: rope needs an even width per head, got {self.width} / {self.heads}")
         if self.positions == "lags" and not self.lag_logits:
             raise ValueError("positions: `lags` needs lag_logits: true, else nothing tells past days apart")
-        for name in ("dropout", "input_dropout"):
+        if self.raw_logs and not self.raw_values:
+            raise ValueError("raw_logs: needs raw_values: true, there is nothing else to read")
+        for name in ("dropout", "input_dropout", "event_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
         if self.cuts_per_window > 1 and not self.causal:

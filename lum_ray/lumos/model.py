@@ -88,7 +88,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LumosConfig, gain: float, behaviours: int) -> None:
         super().__init__()
         self.cross_norm, self.swiglu_norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.cross = CrossAttention(config.width, config.heads, gain=gain, raw_width=behaviours * config.raw_values)
+        raw_width = behaviours * config.raw_values
+        self.cross = CrossAttention(
+            config.width, config.heads, gain=gain, raw_width=raw_width, raw_logs=config.raw_logs
+        )
         self.swiglu = SwiGLU(config.width, config.swiglu_width)
         among = config.decoder_self_attention
         self.among_norm = nn.LayerNorm(config.width) if among else None
@@ -274,6 +277,9 @@ class Lumos(nn.Module):
 
     def _event_rows(self, event_rows_ES: Tensor, events: bool) -> Tensor:
         rows = event_rows_ES if events else event_rows_ES.masked_fill(self.constants["event_S"], 0.0)
+        if self.training and self.config.event_dropout and events:
+            gone_E1 = torch.rand(len(rows), 1, device=rows.device) < self.config.event_dropout
+            rows = rows.masked_fill(gone_E1 & self.constants["event_S"], 0.0)
         return rows.to(self.tokenizer.project_in.weight.dtype)
 
     def _positions(self, position: Tensor) -> Tensor | None:
