@@ -98,9 +98,10 @@ def _iso(value: Any) -> str:
 
 
 def _explain(kind: type, item: Mapping[str, Any], path: str) -> str:
-    place = ".".join(
-        [path, *(str(part) for part in item["loc"] if part not in ("int", "str", "constrained-str"))]
-    ).strip(".")
+    parts = (str(part) for part in item["loc"])
+    # of a value with several types, each type's complaint names that type
+    own = [part for part in parts if part not in ("int", "str", "bool", "constrained-str") and part[:8] != "literal["]
+    place = ".".join([path, *own]).strip(".")
     if item["type"] == "unexpected_keyword_argument":
         owner: Any = kind
         for part in item["loc"][:-1]:

@@ -29,6 +29,7 @@ def test_a_preset_survives_its_own_file(name: str) -> None:
         ("lumos.histroy_days=3", r"lumos\.histroy_days: unknown key; did you mean `history_days`\?"),
         ("lumos.history_days=many", r"lumos\.history_days: .*integer, got 'many'"),
         ("lumos.history_days=0", r"lumos: history_days: expected at least 1, got 0"),
+        ("lumos.future_events=often", r"lumos\.future_events: .*'shuffled', got 'often'"),
         ("lumos.width=17", r"lumos: width: expected a multiple of heads"),
         ("train.batch=0", r"train: batch: expected at least 1, got 0"),
         ("train.workers=65", r"train: workers: the loader has 64 lanes"),

@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,7 @@ import pyarrow.parquet as pq
 import torch
 
 from jobs.bench.rows import emit, hardware, note
+from jobs.bench.time_limit import time_limit
 from lum_ray import presets, steps
 from lum_ray.artifacts import join, storage
 from lum_ray.config import Run, Source, Split, Subset
@@ -367,28 +366,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in wanted if name not in PARTS]:
         parser.error(f"--what: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
     bench = Bench(options.root, options.quick, [])
-    out_of_time: list[bool] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        out_of_time.append(True)
-        signal.raise_signal(signal.SIGINT)  # training saves its state and ends
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, options.max_minutes * 60)
     done: list[str] = []
-    try:
+    with time_limit(options.max_minutes) as over:
         for name in wanted:
             start = time.perf_counter()
             PARTS[name](bench)
             done.append(name)
             note(f"{name}: {time.perf_counter() - start:.0f} s")
-    except KeyboardInterrupt:
-        if not out_of_time:
-            raise
-        note(f"{options.max_minutes:g} minutes are over; left out: {', '.join(n for n in wanted if n not in done)}")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    for line in over:
+        note(f"{line}; left out: {', '.join(name for name in wanted if name not in done)}")
     for line in bench.missed:
         note(line)
     return int(bool(bench.missed) or len(done) < len(wanted))

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lum_ray.data.rows import Int32, Int64, Rows, Strings, UInt64, expand, hash_strings, mix
 from lum_ray.data.windows import UNKNOWN_AHEAD, visible
 
 Float32 = npt.NDArray[np.float32]
+SHUFFLE_SALT = 30_013
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,29 @@ class EventLayout:
             angle = 2 * np.pi * (days % 365.2425) / 365.2425
             rows[:, 7 * self.weekday], rows[:, 7 * self.weekday + 1] = np.sin(angle), np.cos(angle)
         return rows
+
+
+def shuffled(table: pa.Table) -> pa.Table:
+    """`table` (rows of a calendar) with every row moved by whole weeks, round the end of its event type's time to the
+    beginning: as many events of each type on the same weekdays, but at the wrong time.
+
+    How far is a hash of the row's place alone, so that training and the test are told the same wrong days. Each row
+    moves on its own, since from a calendar that moved as a whole the right days could be learned. A type that is there
+    for less than two weeks stays.
+    """
+    start, end = (table[name].to_numpy().astype(np.int64) for name in ("start_day", "end_day"))
+    kinds, kind = np.unique(table["event_type"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+    drawn, shift = mix(SHUFFLE_SALT, np.arange(len(start))), np.zeros(len(start), np.int64)
+    for rows in (np.flatnonzero(kind == number) for number in range(len(kinds))):
+        first = start[rows].min()
+        weeks = int(end[rows].max() - first) // 7 + 1
+        if weeks > 1:
+            move = 7 * (1 + drawn[rows] % np.uint64(weeks - 1)).astype(np.int64)
+            shift[rows] = first + (start[rows] - first + move) % (7 * weeks) - start[rows]
+    for name in ("start_day", "end_day", "known_at"):
+        place = table.column_names.index(name)
+        table = table.set_column(place, table.schema.field(name), pc.add(table[name], pa.array(shift, pa.int32())))
+    return table
 
 
 class Calendar:

@@ -46,12 +46,15 @@ class LumosConfig:
     which costs B * heads * T * T numbers)."""
     past_events: bool = True
     """Whether calendar events reach the history (weekday and season do in any case)."""
-    future_events: bool = True
-    """Whether calendar events reach the queries of future days (weekday and season do in any case)."""
+    future_events: bool | Literal["shuffled"] = True
+    """Whether calendar events reach the queries of future days (weekday and season do in any case). Departs:
+    `shuffled` shows them those of other weeks (see `collate.shuffled`), an ablation only."""
     weekday: bool = True
     season: bool = True
     static: bool = True
-    loss_weighting: Literal["uncertainty", "sum"] = "uncertainty"
+    loss_weighting: Literal["uncertainty", "sum", "geometric"] = "uncertainty"
+    """How the terms' losses become one: the paper's eq. 7, their plain sum, or, Departs: `geometric`, each over the
+    loss of its best constant (see `losses.Objective` for why that stands for the geometric loss)."""
     continuous: Literal["point", "lognormal"] = "point"
     """Departs: `lognormal` predicts (mu, log sigma) of a number's logarithm instead of one number."""
     decoder_self_attention: bool = False

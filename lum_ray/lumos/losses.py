@@ -111,7 +111,7 @@ class Amounts:
 
     location: Tensor
     spread: Tensor
-    """NaN where it is not known (point heads under `loss_weighting: sum`): means are medians, no intervals."""
+    """NaN where it is not known (point heads without s_k, as under `sum`): means are medians, no intervals."""
     shift: Tensor
     log: Tensor
 
@@ -155,6 +155,13 @@ class Objective(nn.Module):
     Departs: a log-normal head predicts its variance per sample, so eq. 7 is used with sigma^2 = exp(2 log sigma) / 2 of
     that sample (up to a constant twice the negative log-likelihood), and has no s_k. `loss_weighting: sum` leaves out
     s_k: sums_k = sum_i L_i.
+
+    Departs: `loss_weighting: geometric` is sums_k = sum_i L_i / L0_k, where L0_k is the loss of term k's best constant
+    over training windows (`Inputs.uncertainties`). The geometric loss (prod_k L_k)^(1/K) (Source: Chennupati et al.,
+    MultiNet++, 2019) goes down along sum_k grad L_k / L_k, with L_k over the whole global batch, which no micro-batch
+    knows. Weights that follow L_k through training are eq. 7's: minimised over s_k it is K + sum_k log(L_k / 2), the
+    geometric loss in logarithms. What is left to compare is the geometric loss whose weights stay those of the start.
+    A log-normal head keeps the weight 1, since its loss may be negative.
     """
 
     def __init__(self, config: LumosConfig, inputs: Inputs) -> None:
@@ -172,9 +179,12 @@ class Objective(nn.Module):
             "resolution": torch.tensor(resolution, dtype=torch.float32),
         }
         weighted = [k for k in range(len(self.terms)) if inputs.binary[k] or not self.lognormal]
+        first = torch.tensor([inputs.uncertainties[k] if inputs.uncertainties else 0.0 for k in weighted])
         self.weighted = weighted if config.loss_weighting == "uncertainty" else []
-        first = torch.tensor([inputs.uncertainties[k] if inputs.uncertainties else 0.0 for k in self.weighted])
         self.log_variance = nn.Parameter(first) if self.weighted else None
+        constants["weight"] = torch.ones(len(self.terms))
+        if config.loss_weighting == "geometric":
+            constants["weight"][weighted] = torch.exp(-first) / 2  # uncertainties are log(L0 / 2)
         constants["weighted"] = torch.tensor(self.weighted, dtype=torch.int64)
         self.constants = Constants(constants, persistent=False)
 
@@ -209,7 +219,8 @@ class Objective(nn.Module):
                 torch.where(over, horizon, 0.0).flatten(0, 1).sum(0),
             ]
             counts_K = torch.cat([days.flatten(0, 2).sum(0), over.flatten(0, 1).sum(0)]).double()
-            weight_K = torch.exp(-self._spread_out(math.log(0.5))) / 2  # terms without a sigma have the weight 1
+            # terms without a sigma have the weight 1, or the fixed one
+            weight_K = self.constants["weight"] * torch.exp(-self._spread_out(math.log(0.5))) / 2
             sums_K = weight_K * torch.cat(losses) + self._spread_out(0.0) * counts_K.float()
         return sums_K, counts_K
 

@@ -243,7 +243,7 @@ class Lumos(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """States (B, C, Q, D) of the queries; with `weights` also the last layer's attention (else an empty tensor)."""
         future = self.config.future_days
-        rows_ES = self._event_rows(event_rows_ES, self.config.future_events)
+        rows_ES = self._event_rows(event_rows_ES, bool(self.config.future_events))
         if plain:
             known_BCXD = self.future(rows_ES[future_event_BCX])
         else:

@@ -17,7 +17,7 @@ import torch
 from lum_ray.data.rows import Rows, Samples
 from lum_ray.data.windows import HorizonTarget, history, targets
 from lum_ray.lumos import losses
-from lum_ray.lumos.collate import Calendar, EventLayout, as_of_days, profile_arrays, stand_in
+from lum_ray.lumos.collate import Calendar, EventLayout, as_of_days, profile_arrays, shuffled, stand_in
 from lum_ray.lumos.config import Inputs, LumosConfig
 from lum_ray.lumos.model import Lumos
 from lum_ray.stage import Arrays, Batch
@@ -47,7 +47,9 @@ class LumosStage:
     ) -> None:
         self.config, self.inputs, self.until_day, self.cuts = config, inputs, until_day, cuts
         self.min_history_days = min_history_days
-        self.calendar = Calendar(calendar, layout_of(config, inputs))
+        self.calendar = self.ahead = Calendar(calendar, layout_of(config, inputs))
+        if config.future_events == "shuffled" and calendar is not None:
+            self.ahead = Calendar(shuffled(calendar), self.calendar.layout)
         self.module: Lumos = module if module is not None else Lumos(config, inputs)
         self.terms = inputs.terms
 
@@ -73,7 +75,7 @@ class LumosStage:
         user_hash, segment = rows.user_hash[row], rows.segment[row]
         past_rows, past_BT = self.calendar.look_up(user_hash, segment, start_B, as_of_days(cuts_BC, start_B, length))
         rows_of, future_BCX = [past_rows], np.empty((len(samples), cuts, ahead), np.int64)
-        for column, calendar in enumerate(scenarios or [self.calendar] * cuts):
+        for column, calendar in enumerate(scenarios or [self.ahead] * cuts):
             cut = cuts_BC[:, column]
             found, index = calendar.look_up(user_hash, segment, cut, np.repeat(cut[:, None], ahead, axis=1))
             future_BCX[:, column] = index + sum(len(part) for part in rows_of)

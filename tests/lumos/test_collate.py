@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lum_ray.data.rows import hash_strings
 from lum_ray.data.windows import UNKNOWN_AHEAD
-from lum_ray.lumos.collate import Calendar, EventLayout, as_of_days, profile_arrays, stand_in
+from lum_ray.lumos.collate import Calendar, EventLayout, as_of_days, profile_arrays, shuffled, stand_in
 
 LAYOUT = EventLayout(("deadline", "match"), (2.0, 1.0), weekday=True, season=False)
 SCHEMA = pa.schema(
@@ -88,6 +88,34 @@ def test_a_bases_range_grows_without_changing_what_it_said() -> None:
 def test_with_several_cuts_a_day_is_seen_as_of_the_first_cut_after_it() -> None:
     cuts = np.array([[5, 10]])
     assert as_of_days(cuts, np.array([3]), 7).tolist() == [[5, 5, 10, 10, 10, 10, 10]]
+
+
+def test_a_shuffled_calendar_has_the_same_events_in_other_weeks() -> None:
+    rows = [{"start_day": 12 * i, "end_day": 12 * i + i % 3, "known_at": 12 * i - 30} for i in range(60)]
+    rows += [{"scope": "segment", "key": "s", "start_day": 7 * i, "end_day": 7 * i, "event_type": "deadline",
+              "value": float(i)} for i in range(30)]  # fmt: skip
+    before, after = table(*rows), shuffled(table(*rows))
+    moved = {name: after[name].to_numpy() - before[name].to_numpy() for name in ("start_day", "end_day")}
+    assert after.schema == before.schema
+    assert (moved["start_day"] == moved["end_day"]).all()
+    assert (moved["start_day"] % 7 == 0).all()
+    assert (moved["start_day"] != 0).all()
+    assert len(np.unique(moved["start_day"])) > 30  # each on its own
+    for name in ("scope", "key", "event_type", "value"):
+        assert after[name] == before[name]
+    known = after["known_at"].to_numpy()[:60] - before["known_at"].to_numpy()[:60]
+    assert (known == moved["start_day"][:60]).all()
+    assert after["known_at"][60:].null_count == 30
+    for kind, last in ((slice(0, 60), 710), (slice(60, 90), 209)):  # each type stays within its own time
+        start = after["start_day"].to_numpy()[kind]
+        assert start.min() >= 0
+        assert start.max() <= last + 6
+    assert shuffled(table(*rows)) == after
+
+
+def test_a_calendar_of_a_week_or_of_nothing_cannot_be_shuffled() -> None:
+    for rows in (table(), table({"start_day": 3, "end_day": 5})):
+        assert shuffled(rows) == rows
 
 
 def test_weekday_columns_start_on_monday() -> None:

@@ -129,6 +129,58 @@ def test_sum_weighting_is_the_plain_sum_of_losses() -> None:
     assert not list(objective.parameters())
 
 
+def test_geometric_weighting_divides_each_loss_by_that_of_its_best_constant() -> None:
+    # half of the days are active: L0 = log 2; the amounts 2 and 4 (of 4 and 8 units) have the variance L0 = 1
+    active, spend = [1.0, 0.0, 1.0, 0.0], [4.0, 0.0, 8.0, 0.0]
+    data = two(active, spend)
+    config = LumosConfig(loss_weighting="geometric")
+    _, uncertainty = losses.starts(config, TWO, *(value.numpy() for value in data.values()))
+    objective = Objective(config, replace(TWO, uncertainties=uncertainty))
+    sums, counts = objective(given([0.0, 0.0, 0.0, 0.0], [3.0, 9.0, 3.0, 9.0]), data)
+    np.testing.assert_allclose((sums / counts).numpy(), [1.0, 1.0], rtol=1e-6)  # the best constants themselves
+    sums, _ = objective(given([1.0, 0.0, 1.0, 0.0], [3.0, 9.0, 6.0, 9.0]), data)
+    cross_entropy = 2 * np.log1p(np.exp(-1.0)) + 2 * np.log(2)
+    np.testing.assert_allclose(sums.numpy(), [cross_entropy / np.log(2), (1 + 4) / 1.0], rtol=1e-6)
+    assert not list(objective.parameters())
+
+
+def test_geometric_weighting_starts_in_the_direction_of_equation_7_and_of_the_product() -> None:
+    data, uncertainties = two([1, 0, 1], [4, 0, 6]), (0.3, -0.7)
+    gradients = {}
+    for weighting in ("geometric", "uncertainty"):
+        outputs = given([1.0, -2.0, 0.5], [3.0, 9.0, 1.0])
+        outputs["daily_BCFVP"].requires_grad_()
+        config = LumosConfig(loss_weighting=weighting)  # type: ignore[arg-type]
+        sums, counts = Objective(config, replace(TWO, uncertainties=uncertainties))(outputs, data)
+        (sums / counts).sum().backward()
+        gradients[weighting] = outputs["daily_BCFVP"].grad
+    torch.testing.assert_close(gradients["geometric"], gradients["uncertainty"])
+    # where a term's loss is that of its constant, the weight is the product's: d log L = dL / L
+    outputs = given([1.0, -2.0, 0.5], [3.0, 9.0, 1.0])
+    outputs["daily_BCFVP"].requires_grad_()
+    plain, counts = Objective(LumosConfig(loss_weighting="sum"), TWO)(outputs, data)
+    means = plain / counts
+    means.log().sum().backward()
+    product, outputs["daily_BCFVP"].grad = outputs["daily_BCFVP"].grad, None
+    at_losses = tuple((means.detach() / 2).log().tolist())
+    sums, _ = Objective(LumosConfig(loss_weighting="geometric"), replace(TWO, uncertainties=at_losses))(outputs, data)
+    (sums / counts).sum().backward()
+    torch.testing.assert_close(outputs["daily_BCFVP"].grad, product)
+
+
+def test_a_lognormal_head_has_the_weight_1_under_every_weighting_without_parameters() -> None:
+    inputs = replace(TWO, uncertainties=(-1.0, -2.0))
+    outputs = {"daily_BCFVP": torch.tensor([[[[[0.0, 0.0], [1.0, -0.5]]]]]), "horizon_BCHP": torch.zeros(1, 1, 0, 2)}
+    found = {
+        weighting: Objective(LumosConfig(continuous="lognormal", loss_weighting=weighting), inputs)(  # type: ignore[arg-type]
+            outputs, two([1], [8])
+        )[0]
+        for weighting in ("sum", "geometric")
+    }
+    assert found["geometric"][1] == found["sum"][1]
+    torch.testing.assert_close(found["geometric"][0], found["sum"][0] * np.exp(1.0) / 2)
+
+
 def test_lognormal_loss_is_twice_the_negative_log_likelihood() -> None:
     objective = Objective(LumosConfig(continuous="lognormal"), TWO)
     outputs = {"daily_BCFVP": torch.tensor([[[[[0.0, 0.0], [1.0, -0.5]]]]]), "horizon_BCHP": torch.zeros(1, 1, 0, 2)}
@@ -154,7 +206,7 @@ def test_functionals_agree_with_a_large_sample() -> None:
         torch.testing.assert_close(amounts.hurdle_quantile(torch.tensor(0.4), q), expected, rtol=0.03, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [TINY, busy(TINY), replace(TINY, loss_weighting="sum")])
+@pytest.mark.parametrize("config", [TINY, busy(TINY), *(replace(TINY, loss_weighting=x) for x in ("sum", "geometric"))])
 def test_reading_gives_a_whole_set_of_columns(config: LumosConfig) -> None:
     objective = Objective(config, INPUTS)
     torch.manual_seed(0)

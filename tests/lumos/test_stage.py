@@ -11,8 +11,8 @@ import torch
 from lum_ray.config import Run
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.lumos.stage import LumosStage
-from lum_ray.stage import to_device
+from lum_ray.lumos.stage import Floats, LumosStage
+from lum_ray.stage import Arrays, to_device
 from lum_ray.steps import prepare
 from lum_ray.steps.prepare import Prepared
 
@@ -78,6 +78,25 @@ def test_several_cuts_of_a_window_are_the_single_cuts(tiny: Run, prepared: Prepa
             many["event_rows_ES"][many["future_event_BCX"][:, column]],
             one["event_rows_ES"][one["future_event_BCX"][:, 0]],
         )
+
+
+def test_shuffled_future_events_leave_the_past_and_the_weekdays(tiny: Run, prepared: Prepared, rows: Rows) -> None:
+    right, wrong = (stage_of(tiny, prepared, future_events=how) for how in (True, "shuffled"))
+    rhythm, differs = right.inputs.rhythm_width, 0
+    for cut in range(19980, 20010, 7):
+        known, told = (stage.collate(rows, samples_of(rows, cut)) for stage in (right, wrong))
+
+        def of(batch: Arrays, name: str) -> Floats:
+            return np.asarray(batch["event_rows_ES"][batch[name]])
+
+        assert np.array_equal(of(known, "history_event_BT"), of(told, "history_event_BT"))
+        ahead, moved = of(known, "future_event_BCX"), of(told, "future_event_BCX")
+        assert np.array_equal(ahead[..., :rhythm], moved[..., :rhythm])
+        differs += not np.array_equal(ahead, moved)
+    assert differs > 2
+    # a what-if is told what it asks for
+    batches = [stage.collate(rows, samples_of(rows, 20000), [right.calendar]) for stage in (right, wrong)]
+    assert batches[0]["event_rows_ES"].tobytes() == batches[1]["event_rows_ES"].tobytes()
 
 
 def test_a_cut_too_early_for_the_user_is_not_supervised(tiny: Run, prepared: Prepared, rows: Rows) -> None:

@@ -95,6 +95,7 @@ class Forecast:
                         "median": blank,
                         "low": blank,
                         "high": blank,
+                        "least_mape": blank,
                         "y": y[keep],
                         "model": pa.array([model] * count, pa.string()),
                         "seed": np.zeros(count, np.int32),
