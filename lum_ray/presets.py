@@ -119,7 +119,7 @@ def lumos_complete_journey() -> Run:
         run,
         name="lumos_complete_journey",
         data=dataclasses.replace(run.data, horizons=(*run.data.horizons, *longer), engine="auto"),
-        section=dataclasses.replace(run.section, raw_logs=True, event_dropout=0.5),
+        section=dataclasses.replace(run.section, raw_logs=True, encoder_heads=4),
         train=dataclasses.replace(run.train, steps=1600, ema=0.995, validate_every=200, validate_users=100_000),
     )
 

@@ -23,6 +23,9 @@ class LumosConfig:
     future_days: int = 7
     width: int = 512
     heads: int = 8
+    encoder_heads: int | None = None
+    """Heads of the encoder; None: `heads`. With `lag_logits` the decoder's heads are windows of different lengths and
+    want to be many, while on a CPU the encoder's cost most of a step."""
     encoder_layers: int = 6
     decoder_layers: int = 1
     swiglu_width: int = 512
@@ -78,10 +81,6 @@ class LumosConfig:
     that a behaviour that is rare need not first be learned through the encoder to be counted."""
     raw_logs: bool = False
     """Departs: these averages are read on logarithmic scales too (see `nn.CrossAttention`); needs `raw_values`."""
-    event_dropout: float = 0.0
-    """Departs: in training the events of a day (its weekday stays) are hidden from all windows of a batch alike with
-    this chance. Where the past holds few weeks, a calendar of numbers names each of them, and would be learned by
-    heart."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -102,13 +101,17 @@ class LumosConfig:
             raise ValueError(f"embed_width: expected at least 1, or null for `width`, got {self.embed_width}")
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads ({self.heads}), got {self.width}")
+        if self.encoder_heads is not None and (self.encoder_heads < 1 or self.width % self.encoder_heads):
+            raise ValueError(f"encoder_heads: expected a divisor of width ({self.width}), got {self.encoder_heads}")
+        if self.positions == "rope" and self.encoder_heads not in (None, self.heads):
+            raise ValueError(f"encoder_heads: rope turns all heads alike; leave it out, or {self.heads}")
         if self.positions == "rope" and (self.width // self.heads) % 2:
             raise ValueError(f"positions: rope needs an even width per head, got {self.width} / {self.heads}")
         if self.positions == "lags" and not self.lag_logits:
             raise ValueError("positions: `lags` needs lag_logits: true, else nothing tells past days apart")
         if self.raw_logs and not self.raw_values:
             raise ValueError("raw_logs: needs raw_values: true, there is nothing else to read")
-        for name in ("dropout", "input_dropout", "event_dropout"):
+        for name in ("dropout", "input_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
         if self.cuts_per_window > 1 and not self.causal:

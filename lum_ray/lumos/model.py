@@ -129,8 +129,9 @@ class Lumos(nn.Module):
         self.position_FD = nn.Parameter(torch.zeros(config.future_days, width)) if future else None
         self.time2vec = nn.Linear(1, width) if config.positions == "time2vec" else None
         self.input_dropout = nn.Dropout(config.input_dropout)
+        own_heads = config.encoder_heads or config.heads
         self.encoder = nn.ModuleList(
-            EncoderLayer(width, config.heads, config.swiglu_width, config.dropout, gain if config.causal else 1.0)
+            EncoderLayer(width, own_heads, config.swiglu_width, config.dropout, gain if config.causal else 1.0)
             for _ in range(config.encoder_layers)
         )
         self.encoder_norm = nn.LayerNorm(width)
@@ -146,7 +147,7 @@ class Lumos(nn.Module):
         self.objective = Objective(config, inputs)
         self.heads = HeadBank(len(inputs.terms), width, self.objective.outputs, inputs.starts)
         events = torch.arange(inputs.event_width) >= inputs.rhythm_width
-        self.constants = Constants({"event_S": events, "decay_M": decays(config.heads)}, persistent=False)
+        self.constants = Constants({"event_S": events, "decay_M": decays(own_heads)}, persistent=False)
 
     def forward(self, batch: Batch, plain: bool = False) -> dict[str, Tensor]:
         """Both ways compute the same from the same weights; `plain` is dense, as the paper writes it."""
@@ -277,9 +278,6 @@ class Lumos(nn.Module):
 
     def _event_rows(self, event_rows_ES: Tensor, events: bool) -> Tensor:
         rows = event_rows_ES if events else event_rows_ES.masked_fill(self.constants["event_S"], 0.0)
-        if self.training and self.config.event_dropout and events:
-            gone_E1 = torch.rand(len(rows), 1, device=rows.device) < self.config.event_dropout
-            rows = rows.masked_fill(gone_E1 & self.constants["event_S"], 0.0)
         return rows.to(self.tokenizer.project_in.weight.dtype)
 
     def _positions(self, position: Tensor) -> Tensor | None:
