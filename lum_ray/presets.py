@@ -314,5 +314,13 @@ def lumos_wide() -> Run:
 
 PRESETS: dict[str, Callable[[], Run]] = {
     function.__name__: function
-    for function in (lumos_demo, lumos_complete_journey, lumos_oulad, lumos_simulator, lumos_tiny, lumos_paper, lumos_wide)
+    for function in (
+        lumos_demo,
+        lumos_complete_journey,
+        lumos_oulad,
+        lumos_simulator,
+        lumos_tiny,
+        lumos_paper,
+        lumos_wide,
+    )
 }

@@ -22,22 +22,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from jobs.bench.rows import emit, hardware, note
-from lum_ray import presets, steps
-from lum_ray.config import Horizon, Run, Source
-from lum_ray.evaluation import bootstrap, protocol
+from jobs.bench.time_limit import time_limit
+from lum_ray import presets
+from lum_ray.config import Run
+from lum_ray.evaluation import bootstrap, strata
+from lum_ray.evaluation.boosted import MODEL
 from lum_ray.evaluation.bootstrap import Interval
-from lum_ray.evaluation.predictions import Predictions, Task
-from lum_ray.steps import contest
-from lum_ray.steps.contest import Contest
+from lum_ray.evaluation.predictions import Predictions
+from lum_ray.steps.contest import AVERAGE, Contest, contest, with_seed
 
 DATASETS = ("complete_journey", "oulad", "simulator")
 TASKS = {

@@ -11,7 +11,7 @@ Legend: S samples, F future days, H horizon targets, C features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from lum_ray.evaluation.baselines import Setting, prediction_rows
 from lum_ray.evaluation.features import Ahead, Sheet
 from lum_ray.evaluation.history import Cuts
 from lum_ray.evaluation.metrics import Floats
+from lum_ray.evaluation.predictions import Task
 
 MODEL = "lightgbm"
 GRID: tuple[dict[str, Any], ...] = (
@@ -41,13 +42,14 @@ FIXED = {
     "force_row_wise": True,
 }
 MOST_TREES, PATIENCE_TREES = 1500, 60
+BINARY: dict[str, Any] = {"objective": "binary"}
 
 
-def objectives(interval: tuple[float, float]) -> dict[str, dict[str, Any]]:
-    """What each functional of a number, given that its gate is open, is trained with."""
+def objectives(interval: tuple[float, float], gated: bool) -> dict[str, dict[str, Any]]:
+    """What each functional of a number is trained with: given that its gate is open (then it is above 0), or of all."""
     low, high = interval
     return {
-        "mean": {"objective": "gamma"},
+        "mean": {"objective": "gamma" if gated else "tweedie"},
         "median": {"objective": "quantile", "alpha": 0.5},
         "low": {"objective": "quantile", "alpha": low},
         "high": {"objective": "quantile", "alpha": high},
@@ -64,42 +66,79 @@ class Part:
 
 
 @dataclass(frozen=True)
+class _Book:
+    """The features of a part, each computed once."""
+
+    part: Part
+    setting: Setting
+    vocabulary: Mapping[str, tuple[str, ...]]
+    calendar: bool
+    _general: list[Sheet] = field(default_factory=list)
+    _focus: dict[int, Sheet] = field(default_factory=dict)
+
+    def sheet(self, column: int, first: int, days: int) -> Sheet:
+        """Everything about behaviour `column` on days [first, first + days) after the cut."""
+        setting, cuts = self.setting, self.part.cuts
+        ahead = self.part.ahead
+        if not self.calendar:
+            ahead = replace(ahead, types=(), counts_ET=ahead.counts_ET[:, :0])
+        gates = tuple(setting.names.index(gate) if gate is not None else None for gate in setting.gates)
+        gate = gates[column]
+        focus = column if gate is None else gate
+        if not self._general:
+            sheet = features.general(cuts.rows, cuts.samples, setting.names, gates)
+            self._general.append(sheet.beside(features.profile(cuts.rows, cuts.samples.row, self.vocabulary)))
+        if focus not in self._focus:
+            self._focus[focus] = features.focus(cuts.rows, cuts.samples, ahead, focus, setting.names[focus])
+        coming = features.coming(ahead, cuts.samples.cut.astype(np.int64), first, days)
+        return self._general[0].beside(self._focus[focus], coming)
+
+
+@dataclass(frozen=True)
 class Boosted:
-    """Fits and predicts task by task. `profile` names the columns of the profile that it reads; `threads` 0: all."""
+    """Fits task by task, on demand, and predicts any part. `profile` names the columns of the profile that it reads;
+    `threads` 0: all."""
 
     setting: Setting
     train: Part
     validate: Part
-    test: Part
     profile: tuple[str, ...] = ()
     calendar: bool = True
     seed: int = 0
     threads: int = 0
+    _books: list[_Book] = field(default_factory=list)
     _tuned: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
-    _general: list[Sheet] = field(default_factory=list)
-    _focus: dict[int, list[Sheet]] = field(default_factory=dict)
-    _opened: dict[int, Floats] = field(default_factory=dict)
+    _models: dict[tuple[int, int, int, int, str], Any] = field(default_factory=dict)
 
     def table(
-        self, tasks: Sequence[str], model: str = MODEL, log: Callable[[str], None] = lambda text: None
+        self,
+        test: Part,
+        tasks: Mapping[str, Task],
+        model: str = MODEL,
+        log: Callable[[str], None] = lambda text: None,
     ) -> pa.Table:
-        """The prediction file of the test cuts for `tasks`: yes-or-no behaviours and horizons.
+        """The prediction file of the cuts of `test` for `tasks`: yes-or-no behaviours and horizons.
 
-        Raises UserError, before any model is fitted, for a task that is neither, and where lightgbm is missing.
+        A number whose task has no gate is predicted as it is, over all rows. Raises UserError, before any model is
+        fitted, for a task that is neither, and where lightgbm is missing.
         """
         _lightgbm()
-        for name in tasks:
-            self._refuse(name)
+        for name, task in tasks.items():
+            self._refuse(name, task)
+        book = self._book(test)
         pieces = []
-        for name in tasks:
+        for name, task in tasks.items():
             log(f"{model}: {name}")
-            pieces.append(self._daily(name, model) if name in self.setting.names else self._horizon(name, model))
+            daily = name in self.setting.names
+            pieces.append(self._daily(book, name, model) if daily else self._horizon(book, name, task, model))
         return pa.concat_tables(pieces)
 
-    def _parts(self) -> tuple[Part, Part, Part]:
-        return self.train, self.validate, self.test
+    def _book(self, part: Part) -> _Book:
+        seen = features.vocabulary(self.train.cuts.rows)
+        known = {name: values for name, values in seen.items() if name in self.profile}
+        return _Book(part, self.setting, known, self.calendar)
 
-    def _refuse(self, name: str) -> None:
+    def _refuse(self, name: str, task: Task) -> None:
         names = [horizon.name for horizon in self.setting.horizons]
         if name in self.setting.names:
             if not self.setting.binary(self.setting.names.index(name)):
@@ -107,112 +146,77 @@ class Boosted:
         elif name not in names:
             known = ", ".join((*self.setting.names, *names)[:20])
             raise UserError(f"{name}: the peer predicts behaviours and horizons; expected one of {known}")
-        else:
-            horizon = self.setting.horizons[names.index(name)]
-            if horizon.over == "sum" and self.setting.open_horizon(horizon) is None:
-                raise UserError(f"{name}: the peer needs `any` of its gate over the same days among the horizons")
+        elif task.gate and self.setting.open_horizon(self.setting.horizons[names.index(name)]) is None:
+            raise UserError(f"{name}: the peer needs `any` of its gate over the same days among the horizons")
 
-    def _daily(self, name: str, model: str) -> pa.Table:
-        column = self.setting.names.index(name)
-        p = np.empty((len(self.test.cuts.samples), self.setting.future_days))
-        for ahead_days in range(self.setting.future_days):
-            y = [part.cuts.daily[:, ahead_days, column] > 0 for part in self._parts()[:2]]
-            known = [~np.isnan(part.cuts.daily[:, ahead_days, column]) for part in self._parts()[:2]]
-            sheets = self._sheets(column, ahead_days, 1)
-            p[:, ahead_days] = self._fitted(column, {"objective": "binary"}, sheets, y, known)
-        return prediction_rows(
-            model, self.seed, self.test.cuts, name, self.test.cuts.daily[:, :, column], {"p": p, "mean": p}
-        )
+    def _daily(self, book: _Book, name: str, model: str) -> pa.Table:
+        column, cuts = self.setting.names.index(name), book.part.cuts
+        p = np.empty((len(cuts.samples), self.setting.future_days))
+        for ahead in range(self.setting.future_days):
+            y = [part.cuts.daily[:, ahead, column] for part in (self.train, self.validate)]
+            p[:, ahead] = self._predict(book, column, (ahead, 1), BINARY, [_yes(values) for values in y])
+        return prediction_rows(model, self.seed, cuts, name, cuts.daily[:, :, column], {"p": p, "mean": p})
 
-    def _horizon(self, name: str, model: str) -> pa.Table:
+    def _horizon(self, book: _Book, name: str, task: Task, model: str) -> pa.Table:
         place = [horizon.name for horizon in self.setting.horizons].index(name)
-        horizon = self.setting.horizons[place]
-        truth = self.test.cuts.over[:, place, None]
+        horizon, cuts = self.setting.horizons[place], book.part.cuts
+        truth = cuts.over[:, place, None]
         if horizon.over == "any":
-            p = self._any(place)
-            return prediction_rows(model, self.seed, self.test.cuts, name, truth, {"p": p, "mean": p})
+            p = self._any(book, place)
+            return prediction_rows(model, self.seed, cuts, name, truth, {"p": p, "mean": p})
         unit = self.setting.resolutions[horizon.behaviour]
-        sheets = self._sheets(horizon.behaviour, 0, horizon.days)
-        values = [part.cuts.over[:, place] * unit for part in self._parts()[:2]]
-        opened = [value > 0 for value in values]  # an unknown value is not above 0 either
-        found = {
-            column: np.maximum(self._fitted(horizon.behaviour, objective, sheets, values, opened), 0)[:, None]
-            for column, objective in objectives(self.setting.interval).items()
+        values = [part.cuts.over[:, place] * unit for part in (self.train, self.validate)]
+        gated = task.gate is not None
+        if gated:
+            values = [np.where(value > 0, value, np.nan) for value in values]
+        days = (0, horizon.days)
+        columns = {
+            column: np.maximum(self._predict(book, horizon.behaviour, days, objective, values), 0)[:, None]
+            for column, objective in objectives(self.setting.interval, gated).items()
         }
-        gate = self.setting.open_horizon(horizon)
-        assert gate is not None
-        p = self._any(gate)
-        columns = {"p": p, **found, "mean": p * found["mean"]}
-        return prediction_rows(model, self.seed, self.test.cuts, name, truth * unit, columns)
+        if gated:
+            gate = self.setting.open_horizon(horizon)
+            assert gate is not None
+            columns["p"] = self._any(book, gate)
+            columns["mean"] = columns["p"] * columns["mean"]
+        return prediction_rows(model, self.seed, cuts, name, truth * unit, columns)
 
-    def _any(self, place: int) -> Floats:
-        """(S, 1) P(`any` over the days), fitted once: a task of its own may be the gate of a sum as well."""
-        if place in self._opened:
-            return self._opened[place]
+    def _any(self, book: _Book, place: int) -> Floats:
+        """(S, 1) P(`any` over the days)."""
         horizon = self.setting.horizons[place]
-        y = [part.cuts.over[:, place] for part in self._parts()[:2]]
-        known = [~np.isnan(values) for values in y]
-        sheets = self._sheets(horizon.behaviour, 0, horizon.days)
-        yes = [values > 0 for values in y]
-        self._opened[place] = self._fitted(horizon.behaviour, {"objective": "binary"}, sheets, yes, known)[:, None]
-        return self._opened[place]
+        y = [_yes(part.cuts.over[:, place]) for part in (self.train, self.validate)]
+        return self._predict(book, horizon.behaviour, (0, horizon.days), BINARY, y)[:, None]
 
-    def _sheets(self, column: int, first: int, days: int) -> list[Sheet]:
-        """The features of training, validation and test for days [first, first + days) after the cut."""
-        setting = self.setting
-        focus = setting.names.index(gate) if (gate := setting.gates[column]) is not None else column
-        if not self._general:
-            seen = features.vocabulary(self.train.cuts.rows)
-            known = {name: values for name, values in seen.items() if name in self.profile}
-            gates = tuple(setting.names.index(gate) if gate is not None else None for gate in setting.gates)
-            for part in self._parts():
-                rows, samples = part.cuts.rows, part.cuts.samples
-                sheet = features.general(rows, samples, setting.names, gates)
-                self._general.append(sheet.beside(features.profile(rows, samples.row, known)))
-        if focus not in self._focus:
-            self._focus[focus] = [
-                features.focus(part.cuts.rows, part.cuts.samples, self._ahead(part), focus, setting.names[focus])
-                for part in self._parts()
-            ]
-        return [
-            general.beside(own, features.coming(self._ahead(part), part.cuts.samples.cut.astype(np.int64), first, days))
-            for part, general, own in zip(self._parts(), self._general, self._focus[focus], strict=True)
-        ]
-
-    def _ahead(self, part: Part) -> Ahead:
-        if self.calendar:
-            return part.ahead
-        return replace(part.ahead, types=(), counts_ET=part.ahead.counts_ET[:, :0])
-
-    def _fitted(
-        self,
-        column: int,
-        objective: dict[str, Any],
-        sheets: list[Sheet],
-        y: Sequence[np.ndarray[Any, Any]],
-        known: Sequence[np.ndarray[Any, Any]],
+    def _predict(
+        self, book: _Book, column: int, days: tuple[int, int], objective: dict[str, Any], y: Sequence[Floats]
     ) -> Floats:
-        """Predictions of the test (S,) by a model fitted on known training rows and stopped on known validation ones.
+        """(S,) predictions by the model of an objective, fitted once on training and validation outcomes `y` (NaN: a
+        row that does not count)."""
+        key = (column, *days, int(np.isfinite(y[0]).sum()), f"{sorted(objective.items())}")
+        if key not in self._models:
+            self._models[key] = self._fitted(column, days, objective, y)
+        sheet = book.sheet(column, *days)
+        return np.asarray(self._models[key].predict(sheet.columns, num_threads=self.threads), np.float64)
+
+    def _fitted(self, column: int, days: tuple[int, int], objective: dict[str, Any], y: Sequence[Floats]) -> Any:
+        """A booster, stopped early on the validation rows.
 
         The first model of a behaviour and an objective tries the grid; the others take what was best for it.
         """
         lightgbm = _lightgbm()
-        train, test = (np.flatnonzero(mask) for mask in known)
+        train, test = (np.flatnonzero(~np.isnan(values)) for values in y)
         if len(train) == 0 or len(test) == 0:
             raise UserError(f"{self.setting.names[column]}: no training or no validation row with a known outcome")
-        coded = [sheets[0].names.index(name) for name in sheets[0].categories]
+        if not self._books:
+            self._books.extend(self._book(part) for part in (self.train, self.validate))
+        known, held = (book.sheet(column, *days) for book in self._books)
+        coded = [known.names.index(name) for name in known.categories]
         # else features are dropped for the first `min_data_in_leaf`, and the grid may not change it
         fixed = {"feature_pre_filter": False}
         table = lightgbm.Dataset(
-            sheets[0].columns[train],
-            y[0][train].astype(np.float64),
-            categorical_feature=coded,
-            params=fixed,
-            free_raw_data=False,
+            known.columns[train], y[0][train], categorical_feature=coded, params=fixed, free_raw_data=False
         )
-        watched = lightgbm.Dataset(
-            sheets[1].columns[test], y[1][test].astype(np.float64), reference=table, params=fixed
-        )
+        watched = lightgbm.Dataset(held.columns[test], y[1][test], reference=table, params=fixed)
         key = (column, str(sorted(objective.items())))
         best: tuple[float, Any, dict[str, Any]] | None = None
         for setting in [self._tuned[key]] if key in self._tuned else GRID:
@@ -228,7 +232,12 @@ class Boosted:
                 best = (loss, booster, setting)
         assert best is not None
         self._tuned[key] = best[2]
-        return np.asarray(best[1].predict(sheets[2].columns, num_threads=self.threads), np.float64)
+        return best[1]
+
+
+def _yes(values: Floats) -> Floats:
+    """1 where above 0, NaN where unknown."""
+    return np.where(np.isnan(values), np.nan, values > 0)
 
 
 def _lightgbm() -> Any:
