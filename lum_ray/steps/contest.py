@@ -60,11 +60,12 @@ def contest_tasks(run: Run, names: Sequence[str] = ()) -> dict[str, Task]:
 
 @dataclass(frozen=True)
 class Contest:
-    """Where the report is; checked predictions of a run's model (`ours`) and its peers for `tasks` at the test `cuts`;
+    """Where the report and the prediction files are; checked predictions of a run's model (`ours`) and its peers for `tasks` at the test `cuts`;
     and what was computed of them: metrics (schema `protocol.TABLE`), groups (`strata.STRATA`) and the worth of the
     calendar (`strata.WORTH`, None where no model without it took part)."""
 
     uri: str
+    files: tuple[str, ...]
     ours: str
     tasks: dict[str, Task]
     predictions: Predictions
@@ -89,19 +90,18 @@ def contest(
     `contest_tasks` do.
     """
     tasks = contest_tasks(run, names)
-    uris = [peer(run, tasks, log, threads=threads)]
-    uris += (own := [ours(with_seed(run, seed), tasks, log, run.name) for seed in seeds])
+    uris = peer(run, tasks, log, threads=threads)
+    uris += (own := [uri for seed in seeds for uri in ours(with_seed(run, seed), tasks, log)])
     if len(own) > 1:
         uris.append(average(own, run.root, f"{run.name}_{AVERAGE}"))
     pairs = {}
     if calendar and run.data.calendar:
-        blind = without_calendar(run)
-        pairs = {run.name: blind.name, boosted.MODEL: NO_CALENDAR}
-        uris += [peer(run, tasks, log, calendar=False, threads=threads), ours(with_seed(blind, seeds[0]), tasks, log)]
+        pairs = {run.name: without_calendar(run).name, boosted.MODEL: NO_CALENDAR}
+        uris += blind(with_seed(run, seeds[0]), tasks, log, threads)
     log(f"comparing {len(uris)} prediction files")
     predictions = read_predictions(uris, tasks)
     prepared = prepare(run)
-    cuts = test_cuts(run, Timelines.open(prepared.timelines.uri), prepared.inputs, _end(prepared), None)
+    cuts = asked_cuts(run, prepared)
     first = next(i for i, item in enumerate(run.data.behaviours) if item.kind == "binary")
     groups = (strata.everybody(cuts), strata.by_history(cuts), strata.by_activity(cuts, first), strata.by_segment(cuts))
     table = protocol.evaluate(predictions, tasks, ours=run.name)
@@ -118,7 +118,7 @@ def contest(
         write_report(join(uri, "report.html"), facts)
         files = ["report.html", "metrics.parquet", "groups.parquet"]
         commit(uri, {"kind": "report", "digest": name, "files": files})
-    return Contest(uri, run.name, tasks, predictions, table, cuts, groups_table, worth)
+    return Contest(uri, tuple(map(_file, uris)), run.name, tasks, predictions, table, cuts, groups_table, worth)
 
 
 def with_seed(run: Run, seed: int) -> Run:
@@ -132,44 +132,71 @@ def without_calendar(run: Run) -> Run:
     return dataclasses.replace(run, name=f"{run.name}_no_calendar", section=section)
 
 
-def ours(run: Run, tasks: Mapping[str, Task], log: Log = silent, model: str | None = None) -> str:
-    """Train the run (or find it) and predict the test cuts for `tasks`; returns the predictions' URI."""
+def blind(run: Run, tasks: Mapping[str, Task], log: Log = silent, threads: int = 0) -> list[str]:
+    """The predictions of LightGBM and of the run's model, both without the calendar."""
+    return peer(run, tasks, log, calendar=False, threads=threads) + ours(without_calendar(run), tasks, log)
+
+
+def everybody(prepared: Prepared) -> Rows:
+    """All users of the timelines, in memory."""
+    timelines = Timelines.open(prepared.timelines.uri)
+    return timelines.read(np.flatnonzero(timelines.bucket_users).tolist())
+
+
+def ours(
+    run: Run,
+    tasks: Mapping[str, Task],
+    log: Log = silent,
+    plans: Sequence[CutPlan] = (),
+    model: str | None = None,
+) -> list[str]:
+    """Train the run (or find it) and predict the cuts of each of `plans` (default: the test cuts) for `tasks`; returns
+    the predictions' URIs."""
     prepared = prepare(run, log)
     checkpoint = train(run, log)
-    model = model or run.name
-    shape = [sorted(tasks), model, cut_plan(run, "test", _end(prepared)), weights.fingerprint(checkpoint)]
-    name = f"{checkpoint.rsplit('/', 1)[-1]}-{digest(*shape)[:6]}"
-    uri = join(run.root, "predictions", name)
-    if find(uri) is None:
-        log(f"predicting the test cuts: {model}, seed {run.train.seed}")
-        stage = trained_stage(run, prepared, checkpoint, _end(prepared))
-        timelines, plan = Timelines.open(prepared.timelines.uri), cut_plan(run, "test", _end(prepared))
-        wanted = pa.array(list(tasks), pa.string())
-        pieces = [
-            table.filter(pc.is_in(table["behaviour"], wanted))
-            for table in prediction_tables(stage, timelines, plan, model, run.train.seed)
-        ]
-        _write(uri, name, model, pa.concat_tables(pieces))
-    return uri
+    model, end_day = model or run.name, _end(prepared)
+    uris = []
+    for plan in plans or (cut_plan(run, "test", end_day),):
+        shape = digest(sorted(tasks), model, plan, weights.fingerprint(checkpoint))[:6]
+        uris.append(uri := join(run.root, "predictions", f"{checkpoint.rsplit('/', 1)[-1]}-{shape}"))
+        if find(uri) is None:
+            log(f"predicting: {model}, seed {run.train.seed}")
+            stage = trained_stage(run, prepared, checkpoint, end_day)
+            timelines, wanted = Timelines.open(prepared.timelines.uri), pa.array(list(tasks), pa.string())
+            tables = prediction_tables(stage, timelines, plan, model, run.train.seed)
+            _write(uri, model, pa.concat_tables(part.filter(pc.is_in(part["behaviour"], wanted)) for part in tables))
+    return uris
 
 
-def peer(run: Run, tasks: Mapping[str, Task], log: Log = silent, calendar: bool = True, threads: int = 0) -> str:
-    """Fit LightGBM on the run's training cuts and predict the test cuts for `tasks`; returns the predictions' URI.
+def peer(
+    run: Run,
+    tasks: Mapping[str, Task],
+    log: Log = silent,
+    calendar: bool = True,
+    plans: Sequence[CutPlan] = (),
+    model: str | None = None,
+    threads: int = 0,
+) -> list[str]:
+    """Fit LightGBM on the run's training cuts, once, and predict the cuts of each of `plans` (default: the test cuts)
+    for `tasks`; returns the predictions' URIs.
 
-    Without `calendar` its features know nothing of events.
+    Without `calendar` its features know nothing of events. `threads` 0: all.
     """
     prepared = prepare(run, log)
-    model = boosted.MODEL if calendar else NO_CALENDAR
+    model = model or (boosted.MODEL if calendar else NO_CALENDAR)
     end_day = _end(prepared)
-    plans = [*(cut_plan(run, part, end_day) for part in ("validate", "test")), _peer_plan(run, end_day)]
+    plans = plans or (cut_plan(run, "test", end_day),)
     read = [prepared.timelines.manifest["digest"], prepared.calendar.manifest["digest"], prepared.inputs.to_json()]
-    name = f"{model}-{digest('peer', VERSION, read, plans, sorted(tasks), calendar)}"
-    uri = join(run.root, "predictions", name)
-    if find(uri) is None:
-        log(f"fitting {model}")
-        fitted = boosted_of(run, prepared, calendar, threads)
-        _write(uri, name, model, fitted.table(list(tasks), model, log))
-    return uri
+    read += [VERSION, cut_plan(run, "validate", end_day), _peer_plan(run, end_day), sorted(tasks.items()), calendar]
+    uris = [join(run.root, "predictions", f"{model}-{digest('peer', read, plan)}") for plan in plans]
+    fitted: Boosted | None = None
+    for uri, plan in zip(uris, plans, strict=True):
+        if find(uri) is None:
+            log(f"fitting {model}" if fitted is None else f"predicting other cuts: {model}")
+            fitted = fitted or boosted_of(run, prepared, calendar, threads)
+            asked = asked_cuts(run, prepared, plan)
+            _write(uri, model, fitted.table(_part(run, prepared, asked), tasks, model, log))
+    return uris
 
 
 def average(uris: Sequence[str], root: str, model: str) -> str:
@@ -187,34 +214,32 @@ def average(uris: Sequence[str], root: str, model: str) -> str:
             place = table.schema.get_field_index(column)
             field = table.schema.field(column)
             table = table.set_column(place, field, pa.repeat(pa.scalar(value, field.type), len(table)))
-        _write(uri, name, model, table)
+        _write(uri, model, table)
     return uri
 
 
 def boosted_of(run: Run, prepared: Prepared, calendar: bool = True, threads: int = 0) -> Boosted:
-    """LightGBM over the run's cuts, not yet fitted."""
-    end_day = _end(prepared)
-    timelines = Timelines.open(prepared.timelines.uri)
-    inputs = prepared.inputs
-    everybody = timelines.read(np.flatnonzero(timelines.bucket_users).tolist())
-    plan = _peer_plan(run, end_day)
-    known = _cuts(run, inputs, everybody, plan, fit_until(run, end_day))
-    held = _cuts(run, inputs, everybody, cut_plan(run, "validate", end_day), select_until(run, end_day))
-    wanted = test_cuts(run, timelines, inputs, end_day, None)
-    table = prepared.calendar_table if run.data.calendar else None
-    days = max(inputs.days_ahead(run.section.future_days), 28) + 2
+    """LightGBM over the run's training and validation cuts, not yet fitted."""
+    end_day, inputs = _end(prepared), prepared.inputs
+    rows = everybody(prepared)
+    known = _cuts(run, inputs, rows, _peer_plan(run, end_day), fit_until(run, end_day))
+    held = _cuts(run, inputs, rows, cut_plan(run, "validate", end_day), select_until(run, end_day))
     profiles = run.data.profiles
-    training, watched, asked = (Part(cuts, _ahead(run, inputs, table, cuts, days)) for cuts in (known, held, wanted))
     return Boosted(
         setting_of(run, inputs),
-        training,
-        watched,
-        asked,
+        _part(run, prepared, known),
+        _part(run, prepared, held),
         profile=(*profiles.numbers, *profiles.categories) if profiles else (),
         calendar=calendar and bool(inputs.event_types),
         seed=run.train.seed,
         threads=threads,
     )
+
+
+def asked_cuts(run: Run, prepared: Prepared, plan: CutPlan | None = None) -> Cuts:
+    """The cuts of a plan (default: the test's) with their outcomes, in the order of the model's own predictions."""
+    timelines, end_day = Timelines.open(prepared.timelines.uri), _end(prepared)
+    return test_cuts(run, timelines, prepared.inputs, end_day, None, plan)
 
 
 def _peer_plan(run: Run, end_day: int) -> CutPlan:
@@ -233,12 +258,13 @@ def _cuts(run: Run, inputs: Inputs, rows: Rows, plan: CutPlan, until_day: int) -
     return with_targets(rows, Samples(samples.row[kept], samples.cut[kept], samples.draw[kept]), run, inputs, until_day)
 
 
-def _ahead(run: Run, inputs: Inputs, table: pa.Table | None, cuts: Cuts, days: int) -> Ahead:
-    layout = layout_of(run.section, inputs)
-    calendar, length = Calendar(table, layout), features.LENGTH
-    size = len(cuts.samples)
+def _part(run: Run, prepared: Prepared, cuts: Cuts) -> Part:
+    """Cuts with the calendar as it was known at each of them."""
+    layout = layout_of(run.section, prepared.inputs)
+    calendar = Calendar(prepared.calendar_table if run.data.calendar else None, layout)
+    length, days = features.LENGTH, max(prepared.inputs.days_ahead(run.section.future_days), 28) + 2
+    size, pieces, base = len(cuts.samples), [], 0
     past_SL, future_SX = np.empty((size, length), np.int32), np.empty((size, days), np.int32)
-    pieces, base = [], 0
     for index, some in features.chunks(cuts.samples):
         cut = some.cut.astype(np.int64)
         as_of = np.repeat(cut[:, None], length + days, axis=1)
@@ -248,7 +274,8 @@ def _ahead(run: Run, inputs: Inputs, table: pa.Table | None, cuts: Cuts, days: i
         base += len(found)
     rows_ET = np.concatenate(pieces)
     types = len(layout.types)
-    return Ahead(layout.types, rows_ET[:, :types], rows_ET[:, types : 2 * types], past_SL, future_SX)
+    ahead = Ahead(layout.types, rows_ET[:, :types], rows_ET[:, types : 2 * types], past_SL, future_SX)
+    return Part(cuts, ahead)
 
 
 def _end(prepared: Prepared) -> int:
@@ -259,6 +286,7 @@ def _file(uri: str) -> str:
     return join(uri, "predictions", "0000.parquet")
 
 
-def _write(uri: str, name: str, model: str, table: pa.Table) -> None:
+def _write(uri: str, model: str, table: pa.Table) -> None:
     write_table(_file(uri), table)
+    name = uri.rsplit("/", 1)[-1]
     commit(uri, {"kind": "predictions", "digest": name, "model": model, "rows": table.num_rows})

@@ -18,7 +18,7 @@ from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.windows import targets
+from lum_ray.data.windows import CutPlan, targets
 from lum_ray.evaluation import baselines, metrics, protocol
 from lum_ray.evaluation.attention import Attention
 from lum_ray.evaluation.history import Cuts
@@ -187,9 +187,11 @@ def _train_cuts(run: Run, timelines: Timelines, stage: LumosStage, end_day: int)
     return with_targets(rows, plan.draw(rows, run.seed, 0, BASELINE_DRAWS), run, stage.inputs, fit_until(run, end_day))
 
 
-def test_cuts(run: Run, timelines: Timelines, inputs: Inputs, end_day: int, max_users: int | None) -> Cuts:
-    """The test cuts, in the order of the model's own predictions."""
-    plan = cut_plan(run, "test", end_day)
+def test_cuts(
+    run: Run, timelines: Timelines, inputs: Inputs, end_day: int, max_users: int | None, plan: CutPlan | None = None
+) -> Cuts:
+    """The cuts of a plan (default: the test's), in the order of the model's own predictions."""
+    plan = plan or cut_plan(run, "test", end_day)
     pieces, row, cut, base = [], [], [], 0
     for rows, samples, _ in evaluation_batches(
         timelines, plan, lambda rows, samples: {}, 1 << 16, 0, 1, max_users, run.train.seed

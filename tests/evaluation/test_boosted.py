@@ -41,8 +41,14 @@ def parts() -> tuple[Cuts, Cuts, Cuts]:
 
 
 def peer(**changes: Any) -> Boosted:
-    train, validate, test = map(without_calendar, parts())
-    return replace(Boosted(SETTING, train, validate, test, threads=1), **changes)
+    train, validate = map(without_calendar, parts()[:2])
+    return replace(Boosted(SETTING, train, validate, threads=1), **changes)
+
+
+def predicted(*names: str, test: Part | None = None, **changes: Any) -> pa.Table:
+    """The peer's prediction file of the test cuts."""
+    tasks = {name: TASKS.get(name, Task("binary")) for name in names}
+    return peer(**changes).table(test or without_calendar(parts()[2]), tasks)
 
 
 def written(table: pa.Table) -> bytes:
@@ -62,12 +68,12 @@ def few_trees(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_it_beats_the_constant_and_passes_the_check() -> None:
     train, _, test = parts()
-    peers = peer().table(list(TASKS))
+    peers = predicted(*TASKS)
     assert peers.schema == SCHEMA
     constant = baselines.predict_baselines(SETTING, train, test)["constant"]
     kept = pl.from_arrow(constant).filter(pl.col("behaviour").is_in(list(TASKS)))
-    predicted = check(pa.concat_tables([peers, kept.to_arrow().cast(SCHEMA)]), TASKS)
-    found = pl.from_arrow(protocol.evaluate(predicted, TASKS, ours=boosted.MODEL, resamples=100))
+    checked = check(pa.concat_tables([peers, kept.to_arrow().cast(SCHEMA)]), TASKS)
+    found = pl.from_arrow(protocol.evaluate(checked, TASKS, ours=boosted.MODEL, resamples=100))
 
     def value(task: str, metric: str, column: str = "value", model: str = boosted.MODEL) -> float:
         return found.filter(task=task, metric=f"eval/{metric}", model=model)[column].item()
@@ -84,7 +90,7 @@ def test_it_beats_the_constant_and_passes_the_check() -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_daily_tasks_a_row_a_day() -> None:
-    one, again, other = (peer(seed=seed).table(["coupon"]) for seed in (1, 1, 2))
+    one, again, other = (predicted("coupon", seed=seed) for seed in (1, 1, 2))
     assert written(one) == written(again)
     assert not one["p"].equals(other["p"])
     assert one.num_rows == len(parts()[2].samples) * SETTING.future_days
@@ -99,39 +105,39 @@ def test_it_reads_the_profile_where_it_is_named() -> None:
 
     train, validate, test = map(with_profile, parts())
     plain, known = (
-        peer(train=train, validate=validate, test=test, profile=names).table(["coupon"])["p"]
+        predicted("coupon", train=train, validate=validate, test=test, profile=names)["p"]
         for names in ((), ("kind", "age"))
     )
-    assert plain.equals(peer().table(["coupon"])["p"])
+    assert plain.equals(predicted("coupon")["p"])
     assert not plain.equals(known)
 
 
 def test_what_is_not_known_of_the_test_changes_nothing() -> None:
-    plain = peer().table(["active_any_7"])
+    plain = predicted("active_any_7")
     test = parts()[2]
     blind = replace(test, daily=np.full_like(test.daily, np.nan), over=np.full_like(test.over, np.nan))
-    assert plain["p"].equals(peer(test=without_calendar(blind)).table(["active_any_7"])["p"])
+    assert plain["p"].equals(predicted("active_any_7", test=without_calendar(blind))["p"])
 
 
 def test_it_refuses_before_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Boosted, "_fitted", lambda *_: pytest.fail("a model was fitted"))
     with pytest.raises(UserError, match="spend: the peer predicts numbers over horizons only"):
-        peer().table(["active", "spend"])
+        predicted("active", "spend")
     with pytest.raises(UserError, match="churned: the peer predicts behaviours and horizons; expected one of active"):
-        peer().table(["active", "churned"])
+        predicted("active", "churned")
     alone = replace(SETTING, horizons=(HorizonTarget("spend_sum_7", "sum", 2, 7),))
     with pytest.raises(UserError, match="needs `any` of its gate"):
-        peer(setting=alone).table(["spend_sum_7"])
+        predicted("spend_sum_7", setting=alone)
 
 
 def test_no_known_row_to_learn_from() -> None:
     train, validate, test = parts()
     unknown = replace(validate, over=np.full_like(validate.over, np.nan))
     with pytest.raises(UserError, match="no training or no validation row"):
-        peer(validate=without_calendar(unknown)).table(["active_any_7"])
+        predicted("active_any_7", validate=without_calendar(unknown))
     nobody = cuts(train.rows.take(np.zeros(0, np.int64)), [176])
     with pytest.raises(UserError, match="no training or no validation row"):
-        peer(validate=without_calendar(nobody)).table(["active_any_7"])
+        predicted("active_any_7", validate=without_calendar(nobody))
     assert len(test.samples)
 
 
@@ -147,4 +153,12 @@ def test_lightgbm_is_imported_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UserError, match=r"pip install 'lum_ray\[bench\]'"):
-        peer().table(["active_any_7"])
+        predicted("active_any_7")
+
+
+def test_a_number_without_a_gate_is_predicted_over_all_rows() -> None:
+    table = peer().table(without_calendar(parts()[2]), {"spend_sum_7": Task("continuous", horizon=True)})
+    found = pl.from_arrow(table)
+    assert found["p"].is_nan().all() and found["median"].is_not_nan().all()
+    given = pl.from_arrow(predicted("spend_sum_7"))
+    assert found["median"].mean() < given["median"].mean()  # weeks without any spend count here
