@@ -126,6 +126,8 @@ def evaluate(
     root: Root = None,
     set_: Set = None,
     max_users: Annotated[int | None, typer.Option(help="a stable sample of the test users")] = None,
+    lightgbm: Annotated[bool, typer.Option(help="put it beside LightGBM with hand-made features instead")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="with --lightgbm: train so many seeds and their average")] = 1,
     by_cohort: Annotated[
         str | None, typer.Option(metavar="URI", help="compare the cohorts of these predictions")
     ] = None,
@@ -138,6 +140,14 @@ def evaluate(
     if by_cohort:
         print_cohorts(compare(loaded, by_cohort, say))
         done(by_cohort)
+        return
+    if lightgbm:
+        from lum_ray.steps.contest import contest, with_seed
+
+        own = [loaded.train.seed + k for k in range(seeds)]
+        peers = contest(with_seed(loaded, own[0]), say, seeds=own)
+        print_metrics(loaded, peers.table)
+        done(join(peers.uri, "report.html"))
         return
     found = step(loaded, say, max_users)
     print_metrics(loaded, found.table)
@@ -233,7 +243,8 @@ def print_metrics(run: config.Run, table: Any) -> None:
     models = sorted({model for _, _, model in found}, key=lambda name: (name != run.name, name))
     shown = Table("task", "metric", *models, box=None, header_style="bold")
     tasks = tasks_of(run)
-    for task in sorted(tasks, key=lambda name: (HEADLINE[tasks[name].kind], not tasks[name].horizon, name)):
+    shown_tasks = {task for task, _, _ in found}
+    for task in sorted(shown_tasks, key=lambda name: (HEADLINE[tasks[name].kind], not tasks[name].horizon, name)):
         metric = HEADLINE[tasks[task].kind]
         rows = [found.get((task, metric, model)) for model in models]
         values = [row["value"] for row in rows if row]

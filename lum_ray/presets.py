@@ -119,8 +119,10 @@ def lumos_complete_journey() -> Run:
         run,
         name="lumos_complete_journey",
         data=dataclasses.replace(run.data, horizons=(*run.data.horizons, *longer), engine="auto"),
-        section=dataclasses.replace(run.section, raw_logs=True, encoder_heads=4),
-        train=dataclasses.replace(run.train, steps=1600, ema=0.995, validate_every=200, validate_users=100_000),
+        section=dataclasses.replace(run.section, raw_logs=True, encoder_heads=4, dropout=0.2, input_dropout=0.1),
+        train=dataclasses.replace(
+            run.train, steps=1200, ema=0.995, weight_decay=0.1, validate_every=400, validate_users=100_000
+        ),
     )
 
 
@@ -173,8 +175,17 @@ def lumos_oulad() -> Run:
             test=Subset(from_day=30, until_day=225, every_days=14, segments=("2014B",)),
             min_history_days=0,
         ),
-        section=dataclasses.replace(lumos_demo().section, history_days=252, cut_stride_days=14),
-        train=Train(steps=1200, batch=64, learning_rate=2e-3),
+        section=dataclasses.replace(lumos_demo().section, raw_logs=True, encoder_heads=4, cut_stride_days=14),
+        train=Train(
+            steps=800,
+            batch=64,
+            learning_rate=3e-3,
+            warmup_share=0.05,
+            ema=0.99,
+            validate_every=200,
+            validate_users=600,
+            checkpoint_every=200,
+        ),
     )
 
 

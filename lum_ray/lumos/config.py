@@ -55,8 +55,6 @@ class LumosConfig:
     weekday: bool = True
     season: bool = True
     static: bool = True
-    static_query: bool = False
-    """Departs: the static attributes join the queries of future days too, beside the daily tokens."""
     loss_weighting: Literal["uncertainty", "sum", "geometric"] = "uncertainty"
     """How the terms' losses become one: the paper's eq. 7, their plain sum, or, Departs: `geometric`, each over the
     loss of its best constant (see `losses.Objective` for why that stands for the geometric loss)."""
@@ -111,8 +109,6 @@ class LumosConfig:
             raise ValueError(f"positions: rope needs an even width per head, got {self.width} / {self.heads}")
         if self.positions == "lags" and not self.lag_logits:
             raise ValueError("positions: `lags` needs lag_logits: true, else nothing tells past days apart")
-        if self.static_query and not self.static:
-            raise ValueError("static_query: needs static: true, there is nothing to join")
         if self.raw_logs and not self.raw_values:
             raise ValueError("raw_logs: needs raw_values: true, there is nothing else to read")
         for name in ("dropout", "input_dropout"):

@@ -79,8 +79,6 @@ class Memory(NamedTuple):
     pad_BT: Tensor
     days_BTS: Tensor | None
     """Event rows of the past days, where `day_match` compares them with the future's."""
-    static_BD: Tensor | None
-    """What `static_query` adds to every query."""
 
 
 class DecoderLayer(nn.Module):
@@ -129,8 +127,6 @@ class Lumos(nn.Module):
         past, future = config.positions == "learned", config.positions in ("learned", "lags")
         self.position_TD = nn.Parameter(torch.zeros(config.history_days, width)) if past else None
         self.position_FD = nn.Parameter(torch.zeros(config.future_days, width)) if future else None
-        static = config.static_query and self.tokenizer.static is not None
-        self.static_query = nn.Linear(config.embedding, width) if static else None
         self.time2vec = nn.Linear(1, width) if config.positions == "time2vec" else None
         self.input_dropout = nn.Dropout(config.input_dropout)
         own_heads = config.encoder_heads or config.heads
@@ -187,8 +183,7 @@ class Lumos(nn.Module):
         raw = self.tokenizer.activity(batch, pad_BT) if config.raw_values else None
         kept = tuple(layer.cross.keys_values(states_BTD, turned, plain, raw) for layer in self._decoder_layers())
         days_BTS = F.embedding(index_BT, rows_ES.clamp(-1, 1)) if config.day_match else None
-        static_BD = self.static_query(self.tokenizer.static_vector(batch)) if self.static_query is not None else None
-        return Memory(states_BTD, kept, pad_BT, days_BTS, static_BD)
+        return Memory(states_BTD, kept, pad_BT, days_BTS)
 
     def decode(
         self,
@@ -261,8 +256,6 @@ class Lumos(nn.Module):
         x = torch.cat(queries, dim=2)
         days_FD = self.position_FD if self.position_FD is not None else x.new_zeros(future, self.config.width)
         x = x + (torch.cat([days_FD, self.horizon_HD]) if self.horizon_HD is not None else days_FD).to(x.dtype)
-        if memory.static_BD is not None:
-            x = x + memory.static_BD[:, None, None].to(x.dtype)
         added = self._positions(place_BCQ)
         x = x + added.to(x.dtype) if added is not None else x
         bias = self._cross_bias(memory, visible_BC)

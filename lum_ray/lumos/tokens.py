@@ -62,7 +62,7 @@ class Tokenizer(nn.Module):
         self.project_in = nn.Linear(embed * (3 if self.static else 2), width)
         self.project_out = nn.Linear(width, width)
 
-    def static_vector(self, batch: Batch) -> Tensor:
+    def _static(self, batch: Batch) -> Tensor:
         """The embedded static attributes (B, embed)."""
         codes = batch["categories_BG"].unbind(-1)
         vectors = [table(code) for table, code in zip(self.categories, codes, strict=True)]
@@ -93,7 +93,7 @@ class Tokenizer(nn.Module):
             dense = dense.view(*index_BT.shape, x_AU.shape[1])
             parts = [self.user(torch.where(pad_BT[..., None], pad_U, dense))]
             if self.static is not None:
-                parts.append(self.static_vector(batch)[:, None].expand(-1, history, -1))
+                parts.append(self._static(batch)[:, None].expand(-1, history, -1))
             parts.append(self.event(rows_ES[index_BT]))
             return self.project_out(F.relu(self.project_in(torch.cat(parts, dim=-1))))  # type: ignore[no-any-return]
 
@@ -103,7 +103,7 @@ class Tokenizer(nn.Module):
         hidden = F.embedding(index_BT, F.linear(self.event(rows_ES), by_modality[-1]))
         window_D = zero_D + self.project_in.bias
         if self.static is not None:
-            window_D = F.linear(self.static_vector(batch), by_modality[1])[:, None] + window_D
+            window_D = F.linear(self._static(batch), by_modality[1])[:, None] + window_D
         # in place: nothing below needs the values before it for its gradient
         flat = hidden.add_(window_D.to(hidden.dtype)).flatten(0, 1)
         pad_X = pad_BT.flatten().to(hidden.dtype)

@@ -25,7 +25,7 @@ from lum_ray.evaluation import boosted, features, protocol, strata
 from lum_ray.evaluation.boosted import Boosted, Part
 from lum_ray.evaluation.features import Ahead
 from lum_ray.evaluation.history import Cuts
-from lum_ray.evaluation.predictions import FUNCTIONALS, Predictions, Task, read_predictions
+from lum_ray.evaluation.predictions import FUNCTIONALS, Predictions, Task, check, read_predictions
 from lum_ray.evaluation.report import write_report
 from lum_ray.lumos.collate import Calendar
 from lum_ray.lumos.config import Inputs
@@ -35,7 +35,7 @@ from lum_ray.steps.predict import prediction_tables, trained_stage
 from lum_ray.steps.prepare import Log, Prepared, cut_plan, fit_until, prepare, select_until, silent
 from lum_ray.steps.train import tasks_of, train
 
-MOST_PEER_ROWS = 120_000
+MOST_PEER_ROWS = 70_000
 """Training rows of a LightGBM model: its days are thinned out until they fit."""
 VERSION = 1
 """Of the peer's features and settings: part of its artifact's name."""
@@ -60,9 +60,9 @@ def contest_tasks(run: Run, names: Sequence[str] = ()) -> dict[str, Task]:
 
 @dataclass(frozen=True)
 class Contest:
-    """Where the report and the prediction files are; checked predictions of a run's model (`ours`) and its peers for `tasks` at the test `cuts`;
-    and what was computed of them: metrics (schema `protocol.TABLE`), groups (`strata.STRATA`) and the worth of the
-    calendar (`strata.WORTH`, None where no model without it took part)."""
+    """Where the report and the prediction files are; checked predictions of a run's model (`ours`) and its peers for
+    `tasks` at the test `cuts`; and what was computed of them: metrics (schema `protocol.TABLE`), groups
+    (`strata.STRATA`) and the worth of the calendar (`strata.WORTH`, None where no model without it took part)."""
 
     uri: str
     files: tuple[str, ...]
@@ -80,34 +80,35 @@ def contest(
     log: Log = silent,
     names: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
-    calendar: bool = False,
+    calendar: Sequence[str] = (),
     threads: int = 0,
 ) -> Contest:
     """Train the run for each of `seeds`, fit LightGBM, and compare them on the test cuts.
 
     `names`: the tasks (default: all that the peer can predict); several seeds also take part as the average of their
-    forecasts; `calendar` adds both models without the calendar. Raises UserError as `prepare`, `train` and
-    `contest_tasks` do.
+    forecasts; `calendar` names tasks for which both models are also made without the calendar. Raises UserError as
+    `prepare`, `train` and `contest_tasks` do.
     """
     tasks = contest_tasks(run, names)
     uris = peer(run, tasks, log, threads=threads)
     uris += (own := [uri for seed in seeds for uri in ours(with_seed(run, seed), tasks, log)])
     if len(own) > 1:
         uris.append(average(own, run.root, f"{run.name}_{AVERAGE}"))
-    pairs = {}
-    if calendar and run.data.calendar:
-        pairs = {run.name: without_calendar(run).name, boosted.MODEL: NO_CALENDAR}
-        uris += blind(with_seed(run, seeds[0]), tasks, log, threads)
     log(f"comparing {len(uris)} prediction files")
     predictions = read_predictions(uris, tasks)
+    worth = None
+    if calendar and run.data.calendar:
+        some = contest_tasks(run, calendar)
+        both = [*uris[:2], *blind(with_seed(run, seeds[0]), some, log, threads)]
+        pairs = {run.name: without_calendar(run).name, boosted.MODEL: NO_CALENDAR}
+        worth = strata.calendar_worth(_some(both, some), some, pairs)
     prepared = prepare(run)
     cuts = asked_cuts(run, prepared)
     first = next(i for i, item in enumerate(run.data.behaviours) if item.kind == "binary")
     groups = (strata.everybody(cuts), strata.by_history(cuts), strata.by_activity(cuts, first), strata.by_segment(cuts))
     table = protocol.evaluate(predictions, tasks, ours=run.name)
     groups_table = strata.compare(predictions, tasks, groups, run.name, boosted.MODEL)
-    worth = strata.calendar_worth(predictions, tasks, pairs) if pairs else None
-    name = digest("contest", [uri.rsplit("/", 1)[-1] for uri in uris])
+    name = digest("contest", calendar, [uri.rsplit("/", 1)[-1] for uri in uris])
     uri = join(run.root, "reports", f"{run.name}-contest-{name}")
     if find(uri) is None:
         log("drawing the report")
@@ -276,6 +277,13 @@ def _part(run: Run, prepared: Prepared, cuts: Cuts) -> Part:
     types = len(layout.types)
     ahead = Ahead(layout.types, rows_ET[:, :types], rows_ET[:, types : 2 * types], past_SL, future_SX)
     return Part(cuts, ahead)
+
+
+def _some(uris: Sequence[str], tasks: Mapping[str, Task]) -> Predictions:
+    """Checked predictions of `tasks` out of files that hold more."""
+    wanted = pa.array(list(tasks), pa.string())
+    tables = [pq.read_table(pa.BufferReader(read_bytes(_file(uri)))) for uri in uris]
+    return check(pa.concat_tables(table.filter(pc.is_in(table["behaviour"], wanted)) for table in tables), tasks)
 
 
 def _end(prepared: Prepared) -> int:
