@@ -210,7 +210,7 @@ class Boosted:
         if len(train) and not len(test):
             # a target over more days than validation has: the newest fifth of the training rows watches instead
             cut = self.train.cuts.samples.cut[train]
-            newest = cut >= np.quantile(cut, 0.8)
+            newest = cut > min(np.quantile(cut, 0.8), cut.max() - 1)
             train, test, held, y = train[~newest], train[newest], known, (y[0], y[0])
         if len(train) == 0 or len(test) == 0:
             raise UserError(f"{self.setting.names[column]}: no training or no validation row with a known outcome")
