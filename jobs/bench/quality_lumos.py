@@ -62,22 +62,22 @@ TASKS = {
     ),
     "simulator": ("active", "active_any_7"),
 }  # fmt: skip
-# task, metric -> (figure, whether more is better). Source: FIELD.md, section 3; held at its three digits.
-FLOORS: dict[str, dict[tuple[str, str], tuple[float, bool]]] = {
+# task, metric -> (figure, whether more is better). Source: FIELD.md, section 3, with its digits, at which they are held.
+FLOORS: dict[str, dict[tuple[str, str], tuple[str, bool]]] = {
     "complete_journey": {
-        ("active_any_7", "eval/roc_auc"): (0.830, True),
-        ("active", "eval/roc_auc_pooled"): (0.763, True),
-        ("coupon_used_any_7", "eval/roc_auc"): (0.842, True),
-        ("spend_sum_7", "eval/value_if_active_mape_least"): (0.851, False),
-        ("spend_sum_7", "eval/value_if_active_mae"): (36.5, False),
+        ("active_any_7", "eval/roc_auc"): ("0.830", True),
+        ("active", "eval/roc_auc_pooled"): ("0.763", True),
+        ("coupon_used_any_7", "eval/roc_auc"): ("0.842", True),
+        ("spend_sum_7", "eval/value_if_active_mape_least"): ("0.851", False),
+        ("spend_sum_7", "eval/value_if_active_mae"): ("36.5", False),
     },
     "oulad": {
-        ("active", "eval/roc_auc_day_1"): (0.864, True),
-        ("active", "eval/roc_auc_day_4"): (0.849, True),
-        ("active", "eval/roc_auc_day_7"): (0.830, True),
-        ("active_any_7", "eval/roc_auc"): (0.912, True),
-        ("active", "eval/brier_day_1"): (0.123, False),
-        ("clicks_sum_7", "eval/mae"): (20.4, False),
+        ("active", "eval/roc_auc_day_1"): ("0.864", True),
+        ("active", "eval/roc_auc_day_4"): ("0.849", True),
+        ("active", "eval/roc_auc_day_7"): ("0.830", True),
+        ("active_any_7", "eval/roc_auc"): ("0.912", True),
+        ("active", "eval/brier_day_1"): ("0.123", False),
+        ("clicks_sum_7", "eval/mae"): ("20.4", False),
     },
     "simulator": {},
 }
@@ -144,15 +144,15 @@ class Bench:
         figures = {(row["task"], row["metric"]): row for row in found.table.to_pylist() if row["model"] == MODEL}
         if self.dataset == "oulad":
             figures |= self.oulad_figures(found)
-        for (task, metric), (floor, more) in FLOORS[self.dataset].items():
-            row = figures[task, metric]
-            value = round(row["value"], len(str(floor).partition(".")[2]))  # held at the digits that it is known to
+        for (task, metric), (text, more) in FLOORS[self.dataset].items():
+            row, floor = figures[task, metric], float(text)
+            value = round(row["value"], len(text.partition(".")[2]))
             reached = value >= floor if more else value <= floor
             at = Interval(row["value"], row["low"], row["high"])
             name = metric.removeprefix("eval/")
-            self.row(f"floor/{task}/{name}", at, name, {"reached": reached}, f"floor: {floor}", row["value"] / floor)
+            self.row(f"floor/{task}/{name}", at, name, {"reached": reached}, f"floor: {text}", row["value"] / floor)
             if not reached:
-                self.miss(f"LightGBM is no peer: {task} {name} {row['value']:.4f}, its floor is {floor}")
+                self.miss(f"LightGBM is no peer: {task} {name} {row['value']:.4f}, its floor is {text}")
 
     def oulad_figures(self, found: Contest) -> dict[tuple[str, str], dict[str, Any]]:
         """Two figures of LightGBM that the contest has not: its Brier score of the first day, and the error of the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,5 +89,5 @@ def test_tasks_bring_their_gates_and_others_are_refused(run: Run) -> None:
     grocery = presets.lumos_demo()
     assert set(step.contest_tasks(grocery, ("spend_sum_7",))) == {"spend_sum_7", "active_any_7"}
     assert "churned" not in step.contest_tasks(grocery)
-    with pytest.raises(UserError, match="tasks: expected some of .*; got spend, nothing"):
+    with pytest.raises(UserError, match=r"tasks: expected some of .*; got spend, nothing"):
         step.contest_tasks(grocery, ("spend", "nothing"))
