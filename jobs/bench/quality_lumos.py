@@ -62,7 +62,7 @@ TASKS = {
     ),
     "simulator": ("active", "active_any_7"),
 }  # fmt: skip
-# task, metric -> (figure, whether more is better). Source: FIELD.md, section 3, with its digits, at which they are held.
+# task, metric -> (figure, whether more is better). Source: FIELD.md, section 3; held at its digits.
 FLOORS: dict[str, dict[tuple[str, str], tuple[str, bool]]] = {
     "complete_journey": {
         ("active_any_7", "eval/roc_auc"): ("0.830", True),
