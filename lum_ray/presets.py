@@ -119,9 +119,9 @@ def lumos_complete_journey() -> Run:
         run,
         name="lumos_complete_journey",
         data=dataclasses.replace(run.data, horizons=(*run.data.horizons, *longer), engine="auto"),
-        section=dataclasses.replace(run.section, raw_logs=True, encoder_heads=4, dropout=0.2, input_dropout=0.1),
+        section=dataclasses.replace(run.section, raw_logs=True, encoder_heads=4, recent_days=14, learned_mape=True),
         train=dataclasses.replace(
-            run.train, steps=1200, ema=0.995, weight_decay=0.1, validate_every=400, validate_users=100_000
+            run.train, steps=1200, ema=0.995, weight_decay=0.1, validate_every=300, validate_users=100_000
         ),
     )
 
@@ -175,7 +175,7 @@ def lumos_oulad() -> Run:
             test=Subset(from_day=30, until_day=225, every_days=14, segments=("2014B",)),
             min_history_days=0,
         ),
-        section=dataclasses.replace(lumos_demo().section, raw_logs=True, encoder_heads=4, cut_stride_days=14),
+        section=dataclasses.replace(lumos_complete_journey().section, cut_stride_days=14),
         train=Train(
             steps=800,
             batch=64,

@@ -60,6 +60,9 @@ class LumosConfig:
     loss of its best constant (see `losses.Objective` for why that stands for the geometric loss)."""
     continuous: Literal["point", "lognormal"] = "point"
     """Departs: `lognormal` predicts (mu, log sigma) of a number's logarithm instead of one number."""
+    learned_mape: bool = False
+    """Departs: with `lognormal`, one more output corrects the forecast with the least percentage error, which a
+    log-normal implies and real amounts miss; trained on that error itself, it moves neither mu nor sigma."""
     decoder_self_attention: bool = False
     """Departs: future days see each other; an ablation only."""
     causal: bool = False
@@ -79,6 +82,9 @@ class LumosConfig:
     raw_values: bool = False
     """Departs: the decoder's attention averages the scaled behaviours of the days too, beside their encoded states, so
     that a behaviour that is rare need not first be learned through the encoder to be counted."""
+    recent_days: int = 0
+    """Departs: the behaviours of so many days before the cut join the queries of future days as they are, day by day:
+    decaying averages blur yesterday with the day before."""
     raw_logs: bool = False
     """Departs: these averages are read on logarithmic scales too (see `nn.CrossAttention`); needs `raw_values`."""
 
@@ -109,6 +115,10 @@ class LumosConfig:
             raise ValueError(f"positions: rope needs an even width per head, got {self.width} / {self.heads}")
         if self.positions == "lags" and not self.lag_logits:
             raise ValueError("positions: `lags` needs lag_logits: true, else nothing tells past days apart")
+        if not 0 <= self.recent_days <= self.history_days:
+            raise ValueError(f"recent_days: expected 0 to history_days ({self.history_days}), got {self.recent_days}")
+        if self.learned_mape and self.continuous != "lognormal":
+            raise ValueError("learned_mape: needs continuous: lognormal, whose forecast it corrects")
         if self.raw_logs and not self.raw_values:
             raise ValueError("raw_logs: needs raw_values: true, there is nothing else to read")
         for name in ("dropout", "input_dropout"):

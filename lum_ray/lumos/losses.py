@@ -1,7 +1,8 @@
 """The objective (Source: LUMOS, eq. 7) and what the heads' outputs mean.
 
 A head's first output is a logit (binary terms) or a number: with `continuous: point` the transformed value
-y = transform(value) / scale, with `lognormal` mu of log(value + shift), whose log sigma is the second output.
+y = transform(value) / scale, with `lognormal` mu of log(value + shift), whose log sigma is the second output
+and, with `learned_mape`, a correction of the least-MAPE forecast exp(mu - sigma^2) the third.
 
 Both give a distribution of the value given that it counts (its gate is open), so that any functional can be read:
 the residual variance of a point head is 2 sigma_k^2, for at the optimum of eq. 7 sigma_k^2 = L_k / 2.
@@ -114,6 +115,8 @@ class Amounts:
     """NaN where it is not known (point heads without s_k, as under `sum`): means are medians, no intervals."""
     shift: Tensor
     log: Tensor
+    correction: Tensor | float = 0.0
+    """What is added to the location of the least-MAPE forecast (`learned_mape`)."""
 
     def _value(self, at: Tensor) -> Tensor:
         """From the scale of `location` to the value, never below 0."""
@@ -129,7 +132,8 @@ class Amounts:
     def least_mape(self) -> Tensor:
         """The forecast with the least expected |value - forecast| / value: exp(mu - sigma^2) of a log-normal (up to
         the shift); for a normal, for which it has no closed form, the median."""
-        return self._value(self.location - torch.where(self.log, self.spread.nan_to_num(0.0) ** 2, 0.0))
+        below = torch.where(self.log, self.spread.nan_to_num(0.0) ** 2, 0.0)
+        return self._value(self.location - below + self.correction)
 
     def quantile(self, q: Tensor | float) -> Tensor:
         """The value below which lies the share `q`."""
@@ -167,7 +171,9 @@ class Objective(nn.Module):
     def __init__(self, config: LumosConfig, inputs: Inputs) -> None:
         super().__init__()
         self.inputs, self.lognormal = inputs, config.continuous == "lognormal"
-        self.outputs = 2 if self.lognormal and not all(inputs.binary) else 1
+        self.spread = self.lognormal and not all(inputs.binary)
+        self.corrects = self.spread and config.learned_mape
+        self.outputs = 1 + self.spread + self.corrects
         self.terms = inputs.terms
         measures = [_measure(config, inputs.behaviours[source]) for source in inputs.sources]
         resolution = [inputs.behaviours[source].resolution for source in inputs.sources]
@@ -233,21 +239,26 @@ class Objective(nn.Module):
         raw = known * self.constants["resolution"][terms]
         y = torch.where(self.constants["log"][terms], torch.log(torch.maximum(raw + shift, shift)), raw) / scale
         error = (logit - y) ** 2
-        if self.lognormal and self.outputs == 2:
+        if self.spread:
             log_sigma = outputs_P[..., 1].clamp(*LOG_SIGMA)
             error = error * torch.exp(-2 * log_sigma) + 2 * log_sigma
+        if self.corrects:
+            implied = (logit - torch.exp(2 * log_sigma)).detach()
+            # a forecast far above the value must not take the whole loss
+            error = error + (1 - torch.exp((implied + outputs_P[..., 2] - y).clamp(max=3.0))).abs()
         return torch.where(self.constants["binary"][terms], cross_entropy, error)
 
     def _amounts(self, outputs_P: Tensor, terms: slice) -> Amounts:
         scale = self.constants["scale"][terms]
         location = outputs_P[..., 0] * scale
-        if self.lognormal and self.outputs == 2:
+        if self.spread:
             spread = outputs_P[..., 1].clamp(*LOG_SIGMA).exp()
         elif self.log_variance is None:
             spread = torch.full_like(location, torch.nan)
         else:
             spread = (scale * (2 * self._spread_out(0.0).exp()[terms]).sqrt()).expand_as(location)
-        return Amounts(location, spread, self.constants["shift"][terms], self.constants["log"][terms])
+        correction = outputs_P[..., 2] if self.corrects else 0.0
+        return Amounts(location, spread, self.constants["shift"][terms], self.constants["log"][terms], correction)
 
     @torch.no_grad()
     def read(self, outputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -79,6 +79,8 @@ class Memory(NamedTuple):
     pad_BT: Tensor
     days_BTS: Tensor | None
     """Event rows of the past days, where `day_match` compares them with the future's."""
+    raw_BTU: Tensor | None
+    """The scaled behaviours of the past days, where `recent_days` reads some of them."""
 
 
 class DecoderLayer(nn.Module):
@@ -127,6 +129,8 @@ class Lumos(nn.Module):
         past, future = config.positions == "learned", config.positions in ("learned", "lags")
         self.position_TD = nn.Parameter(torch.zeros(config.history_days, width)) if past else None
         self.position_FD = nn.Parameter(torch.zeros(config.future_days, width)) if future else None
+        recent = config.recent_days * len(inputs.behaviours)
+        self.recent = nn.Linear(recent, width) if recent else None
         self.time2vec = nn.Linear(1, width) if config.positions == "time2vec" else None
         self.input_dropout = nn.Dropout(config.input_dropout)
         own_heads = config.encoder_heads or config.heads
@@ -180,10 +184,11 @@ class Lumos(nn.Module):
         for layer in self.encoder:
             x_BTD = layer(x_BTD, bias, causal, turned, plain)
         states_BTD = self.encoder_norm(x_BTD)
-        raw = self.tokenizer.activity(batch, pad_BT) if config.raw_values else None
-        kept = tuple(layer.cross.keys_values(states_BTD, turned, plain, raw) for layer in self._decoder_layers())
+        raw = self.tokenizer.activity(batch, pad_BT) if config.raw_values or config.recent_days else None
+        averaged = raw if config.raw_values else None
+        kept = tuple(layer.cross.keys_values(states_BTD, turned, plain, averaged) for layer in self._decoder_layers())
         days_BTS = F.embedding(index_BT, rows_ES.clamp(-1, 1)) if config.day_match else None
-        return Memory(states_BTD, kept, pad_BT, days_BTS)
+        return Memory(states_BTD, kept, pad_BT, days_BTS, raw if config.recent_days else None)
 
     def decode(
         self,
@@ -256,6 +261,8 @@ class Lumos(nn.Module):
         x = torch.cat(queries, dim=2)
         days_FD = self.position_FD if self.position_FD is not None else x.new_zeros(future, self.config.width)
         x = x + (torch.cat([days_FD, self.horizon_HD]) if self.horizon_HD is not None else days_FD).to(x.dtype)
+        if self.recent is not None and memory.raw_BTU is not None:
+            x = x + self.recent(self._recent_days(memory.raw_BTU, visible_BC).to(x.dtype))[:, :, None]
         added = self._positions(place_BCQ)
         x = x + added.to(x.dtype) if added is not None else x
         bias = self._cross_bias(memory, visible_BC)
@@ -274,6 +281,18 @@ class Lumos(nn.Module):
                 seen = layer.cross.weights(layer.cross_norm(x.flatten(1, 2)), keys_values, bias, turned)
             x = layer(x, keys_values, bias, turned, plain)
         return self.decoder_norm(x), seen
+
+    def _recent_days(self, raw_BTU: Tensor, visible_BC: Tensor) -> Tensor:
+        """The behaviours of the `recent_days` days before each cut, oldest first, 0 before the window: (B, C, R * U).
+
+        Without `causal` every cut sees the whole window.
+        """
+        days, cuts = self.config.recent_days, visible_BC.shape[1]
+        last_BC = visible_BC if self.config.causal else torch.full_like(visible_BC, self.config.history_days)
+        padded = F.pad(raw_BTU, (0, 0, days, 0))
+        day_BCR = last_BC[..., None] + torch.arange(days, device=last_BC.device)
+        index = day_BCR.flatten(1)[..., None].expand(-1, -1, raw_BTU.shape[2])
+        return padded.gather(1, index).view(len(raw_BTU), cuts, -1)
 
     def _event_rows(self, event_rows_ES: Tensor, events: bool) -> Tensor:
         rows = event_rows_ES if events else event_rows_ES.masked_fill(self.constants["event_S"], 0.0)

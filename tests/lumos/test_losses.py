@@ -190,6 +190,27 @@ def test_lognormal_loss_is_twice_the_negative_log_likelihood() -> None:
     torch.testing.assert_close(sums[1], 2 * nll - np.log(2 * np.pi), rtol=1e-5, atol=1e-5)
 
 
+def test_the_learned_least_mape_forecast_by_hand_and_alone() -> None:
+    inputs = Inputs(
+        behaviours=(BehaviourInput("active", "binary"), BehaviourInput("spend", "continuous", 1.0, 0)), event_width=1
+    )
+    outputs = torch.tensor([[0.0, 0.0, 0.0], [1.0, np.log(0.5), 0.2]])[None, None, None].requires_grad_()
+    batch = two([1.0], [4.0])
+    sums, gradients = [], []
+    for learned in (False, True):
+        objective = Objective(LumosConfig(continuous="lognormal", learned_mape=learned), inputs)
+        given = {"daily_BCFVP": outputs[..., : objective.outputs], "horizon_BCHP": torch.zeros(1, 1, 0, 3)}
+        total, _ = objective(given, batch)
+        sums.append(total[1].item())
+        gradients.append(torch.autograd.grad(total[1], outputs)[0][0, 0, 0, 1])
+    point = 1.0 - 0.25 + 0.2  # mu - sigma^2 and the correction, on the scale of log(value + 1)
+    assert sums[1] - sums[0] == pytest.approx(abs(1 - np.exp(point) / 5), rel=1e-5)
+    torch.testing.assert_close(gradients[1][:2], gradients[0][:2])  # neither mu nor sigma is moved
+    assert gradients[1][2] < 0  # below the value: up
+    days, _ = objective.read({"daily_BCFVP": outputs.detach(), "horizon_BCHP": torch.zeros(1, 1, 0, 3)})
+    assert days["least_mape_given"][0, 0, 0, 1].item() == pytest.approx(np.exp(point) - 1, rel=1e-5)
+
+
 def test_functionals_agree_with_a_large_sample() -> None:
     generator = torch.Generator().manual_seed(0)
     sample = torch.exp(0.7 + 0.6 * torch.randn(400_000, generator=generator))

@@ -17,6 +17,9 @@ CONFIGS = {
     "dense": busy(TINY),
     "masked pads": replace(TINY, pad="masked"),
     "dense, unread pads, lags": replace(busy(TINY), pad="unread", positions="lags", raw_values=True, day_match=True),
+    "dense, logs, recent days": replace(
+        busy(TINY), positions="lags", raw_values=True, raw_logs=True, recent_days=5, learned_mape=True, encoder_heads=1
+    ),
     "dense, masked pads, rope": replace(busy(TINY), pad="masked", positions="rope"),
     "lags without causality": replace(TINY, lag_logits=True),
     "causality without lags": replace(TINY, causal=True, cuts_per_window=2, cut_stride_days=3),
@@ -177,7 +180,14 @@ def test_activity_on_a_pad_day_is_ignored_in_both_forms() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "causality without lags", "dense, masked pads, rope", "dense, unread pads, lags"]
+    "name",
+    [
+        "dense",
+        "causality without lags",
+        "dense, masked pads, rope",
+        "dense, unread pads, lags",
+        "dense, logs, recent days",
+    ],
 )
 @torch.no_grad()
 def test_cuts_of_one_pass_equal_passes_of_one_cut(name: str) -> None:
