@@ -32,6 +32,8 @@ check: env
 bench: env
 	$(BIN)/python -m jobs.bench.train_step --quick
 	$(BIN)/python -m jobs.bench.gpu --model lumos --quick
+	$(BIN)/python -m jobs.bench.quality_lumos --dataset simulator --quick
+	$(BIN)/python -m jobs.bench.ablations_lumos --dataset simulator --only pad --quick
 
 clean:
 	rm -rf $(RUNS) build *.egg-info .mypy_cache .ruff_cache .import_linter_cache
