@@ -104,8 +104,8 @@ def contest_run(dataset: str, root: str, path: str | None, quick: bool) -> Run:
     if quick:
         small = {"users": 200, "shards": 1} if dataset == "simulator" else {}
         source = dataclasses.replace(source, options={**source.options, **small})
-        section = dataclasses.replace(section, history_days=56, width=16, heads=2, encoder_heads=2, swiglu_width=16, embed_width=16,
-                                      cuts_per_window=2, cut_stride_days=14)  # fmt: skip
+        section = dataclasses.replace(section, history_days=56, width=16, heads=2, encoder_heads=2, swiglu_width=16,
+                                      embed_width=16, cuts_per_window=2, cut_stride_days=14)  # fmt: skip
         train = dataclasses.replace(train, steps=3, batch=16, micro_batch=16, validate_users=50)
     data = dataclasses.replace(run.data, source=source, engine="local")
     return dataclasses.replace(run, root=root, data=data, section=section, train=train)
