@@ -175,7 +175,7 @@ def lumos_oulad() -> Run:
             test=Subset(from_day=30, until_day=225, every_days=14, segments=("2014B",)),
             min_history_days=0,
         ),
-        section=dataclasses.replace(lumos_complete_journey().section, cut_stride_days=14),
+        section=dataclasses.replace(lumos_complete_journey().section, cut_stride_days=14, horizon_peak=True),
         train=Train(
             steps=800,
             batch=64,

@@ -98,13 +98,10 @@ def contest_run(dataset: str, root: str, path: str | None, quick: bool) -> Run:
     source, section, train = run.data.source, run.section, run.train
     assert source is not None
     source = dataclasses.replace(source, path=path if path is not None else source.path)
-    if dataset == "simulator":  # `jobs.bench.simulator` measures the preset as it is
-        section = dataclasses.replace(section, raw_logs=True, recent_days=14, learned_mape=True, encoder_heads=4)
-        train = dataclasses.replace(train, steps=1000, ema=0.995, validate_every=250)
     if quick:
         small = {"users": 200, "shards": 1} if dataset == "simulator" else {}
         source = dataclasses.replace(source, options={**source.options, **small})
-        section = dataclasses.replace(section, history_days=56, width=16, heads=2, encoder_heads=2, swiglu_width=16,
+        section = dataclasses.replace(section, history_days=56, width=16, heads=2, encoder_heads=None, swiglu_width=16,
                                       embed_width=16, cuts_per_window=2, cut_stride_days=14)  # fmt: skip
         train = dataclasses.replace(train, steps=3, batch=16, micro_batch=16, validate_users=50)
     data = dataclasses.replace(run.data, source=source, engine="local")

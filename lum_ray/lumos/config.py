@@ -82,6 +82,9 @@ class LumosConfig:
     raw_values: bool = False
     """Departs: the decoder's attention averages the scaled behaviours of the days too, beside their encoded states, so
     that a behaviour that is rare need not first be learned through the encoder to be counted."""
+    horizon_peak: bool = False
+    """Departs: the query of a horizon gets the largest of its days' event vectors, number by number, beside their mean,
+    in which one deadline of 28 days fades."""
     recent_days: int = 0
     """Departs: the behaviours of so many days before the cut join the queries of future days as they are, day by day:
     decaying averages blur yesterday with the day before."""

@@ -254,7 +254,11 @@ class Lumos(nn.Module):
         else:
             known_BCXD = F.embedding(future_event_BCX, self.future(rows_ES))
         queries = [known_BCXD[:, :, :future]]
-        queries += [known_BCXD[:, :, : horizon.days].mean(2, keepdim=True) for horizon in self.inputs.horizons]
+        for horizon in self.inputs.horizons:
+            days_BCXD = known_BCXD[:, :, : horizon.days]
+            queries.append(days_BCXD.mean(2, keepdim=True))
+            if self.config.horizon_peak:
+                queries[-1] = queries[-1] + days_BCXD.amax(2, keepdim=True)
         visible_BC = visible_BC.clamp(min=1)
         step_Q = torch.arange(future + len(self.inputs.horizons), device=visible_BC.device)
         place_BCQ = visible_BC[..., None] + torch.where(step_Q < future, step_Q, 0)

@@ -18,7 +18,14 @@ CONFIGS = {
     "masked pads": replace(TINY, pad="masked"),
     "dense, unread pads, lags": replace(busy(TINY), pad="unread", positions="lags", raw_values=True, day_match=True),
     "dense, logs, recent days": replace(
-        busy(TINY), positions="lags", raw_values=True, raw_logs=True, recent_days=5, learned_mape=True, encoder_heads=1
+        busy(TINY),
+        positions="lags",
+        raw_values=True,
+        raw_logs=True,
+        recent_days=5,
+        learned_mape=True,
+        encoder_heads=1,
+        horizon_peak=True,
     ),
     "dense, masked pads, rope": replace(busy(TINY), pad="masked", positions="rope"),
     "lags without causality": replace(TINY, lag_logits=True),
