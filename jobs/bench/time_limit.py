@@ -21,6 +21,9 @@ def time_limit(minutes: float) -> Iterator[list[str]]:
         signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGALRM, stop)
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.SIG_IGN:  # a shell starts what runs in the background so, and the limit would be ignored too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, minutes * 60)
     try:
         yield over
@@ -30,3 +33,4 @@ def time_limit(minutes: float) -> Iterator[list[str]]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, interrupt)
