@@ -127,7 +127,7 @@ def evaluate(
     set_: Set = None,
     max_users: Annotated[int | None, typer.Option(help="a stable sample of the test users")] = None,
     lightgbm: Annotated[bool, typer.Option(help="put it beside LightGBM with hand-made features instead")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="with --lightgbm: train so many seeds and their average")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="with --lightgbm: train so many seeds, average them too")] = 1,
     by_cohort: Annotated[
         str | None, typer.Option(metavar="URI", help="compare the cohorts of these predictions")
     ] = None,
@@ -136,6 +136,10 @@ def evaluate(
     from lum_ray.steps import evaluate as step
     from lum_ray.steps.evaluate import by_cohort as compare
 
+    if lightgbm and (max_users is not None or by_cohort):
+        raise UserError("--lightgbm: scores all test users; leave out --max-users and --by-cohort")
+    if seeds > 1 and not lightgbm:
+        raise UserError(f"--seeds {seeds}: only --lightgbm trains several; add it, or leave --seeds out")
     loaded = load(run, root, set_)
     if by_cohort:
         print_cohorts(compare(loaded, by_cohort, say))

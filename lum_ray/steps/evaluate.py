@@ -200,6 +200,11 @@ def test_cuts(
         row.append(samples.row + base)
         cut.append(samples.cut)
         base += len(rows)
+    if not pieces:
+        raise UserError(
+            f"no user has a cut on days {plan.from_day} to {plan.until_day}; check `split`, its segments and "
+            "`min_history_days` against the data"
+        )
     whole = Samples(np.concatenate(row), np.concatenate(cut), np.zeros(sum(map(len, cut)), np.int32))
     return with_targets(Rows.concat(pieces), whole, run, inputs, end_day)
 

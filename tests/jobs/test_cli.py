@@ -63,3 +63,16 @@ def test_shares() -> None:
     assert shares("") == {}
     with pytest.raises(UserError, match="expected shares such as"):
         shares("treatment=0.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--lightgbm", "--max-users", "9"), "leave out --max-users and --by-cohort"),
+        (("--seeds", "3"), "only --lightgbm trains several"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_and_not_ignored(words: tuple[str, ...], said: str) -> None:
+    done = command("evaluate", "lumos_tiny", *words)
+    assert done.returncode == 1
+    assert said in done.stderr

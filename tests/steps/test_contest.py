@@ -91,3 +91,10 @@ def test_tasks_bring_their_gates_and_others_are_refused(run: Run) -> None:
     assert "churned" not in step.contest_tasks(grocery)
     with pytest.raises(UserError, match=r"tasks: expected some of .*; got spend, nothing"):
         step.contest_tasks(grocery, ("spend", "nothing"))
+
+
+def test_a_split_without_test_users_is_named(run: Run) -> None:
+    nobody = dataclasses.replace(run.split.test, users=(0.0, 1e-9))
+    empty = dataclasses.replace(run, split=dataclasses.replace(run.split, test=nobody))
+    with pytest.raises(UserError, match=r"no user has a cut on days .* check `split`"):
+        step.asked_cuts(empty, prepare(empty))
