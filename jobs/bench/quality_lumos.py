@@ -209,7 +209,7 @@ class Bench:
             shown = {"with_calendar": row["with_calendar"], "without": row["without"]}
             self.row(what, at, "AUC" if auc else "share of MAPE", shown, f"without: {row['without']:.4f}")
 
-    def quadrants(self, seeds: Sequence[int]) -> None:
+    def quadrants(self, found: Contest, seeds: Sequence[int]) -> None:
         """Both models on seen and unseen students, on past presentations and the one to come.
 
         Past: 2013J, on days between those of validation; unseen there are the students held out for validation (which
@@ -217,22 +217,18 @@ class Bench:
         """
         run, prepared = self.run, prepare(self.run)
         end_day = int(prepared.timelines.manifest["end_day"])
-        future, held, known = (cut_plan(run, part, end_day) for part in ("test", "validate", "train"))
+        held, known = (cut_plan(run, part, end_day) for part in ("validate", "train"))
         past = CutPlan(held.from_day + 7, held.until_day, 14, 0, held.segment_column, held.segments)
         tasks = contest_tasks(run, QUADRANT_TASKS)
-        uris: list[list[str]] = [contest.peer(run, tasks, note, plans=(past,))]
-        uris += [contest.ours(with_seed(run, seed), tasks, note, plans=(past,)) for seed in seeds]
-        predictions = read_predictions([uri for part in uris for uri in part], tasks)
+        uris = contest.peer(run, tasks, note, plans=(past,))
+        for seed in seeds:
+            uris += contest.ours(with_seed(run, seed), tasks, note, plans=(past,))
         cuts = asked_cuts(run, prepared, past)
-        self.quadrant_rows(predictions, tasks, halves("past", cuts, known.users(cuts.rows)))
-        uris = [contest.peer(run, self.tasks(), note)]
-        uris += [contest.ours(with_seed(run, seed), self.tasks(), note) for seed in seeds]
-        predictions = read_predictions([uri for part in uris for uri in part], self.tasks())
+        self.quadrant_rows(read_predictions(uris, tasks), tasks, halves("past", cuts, known.users(cuts.rows)))
         everyone = contest.everybody(prepared)
         students = {student(user) for user in everyone.user[known.users(everyone)].tolist()}
-        cuts = asked_cuts(run, prepared, future)
-        again = np.array([student(user) in students for user in cuts.rows.user.tolist()])
-        self.quadrant_rows(predictions, self.tasks(), halves("future", cuts, again))
+        again = np.array([student(user) in students for user in found.cuts.rows.user.tolist()])
+        self.quadrant_rows(found.predictions, found.tasks, halves("future", found.cuts, again))
 
     def quadrant_rows(self, predictions: Predictions, tasks: Mapping[str, Task], grouping: Grouping) -> None:
         chosen = {name: task for name, task in tasks.items() if name in QUADRANT_TASKS}
@@ -328,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.gains(found)
     bench.calendar(found)
     if options.dataset == "oulad":
-        bench.quadrants(done)
+        bench.quadrants(found, done)
     if options.dataset == "simulator":
         bench.oracle_gap(found)
     note(f"report: {found.uri}/report.html")

@@ -107,7 +107,7 @@ class Boosted:
     threads: int = 0
     _books: list[_Book] = field(default_factory=list)
     _tuned: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
-    _models: dict[tuple[int, int, int, int, str], Any] = field(default_factory=dict)
+    _models: dict[tuple[str, int, str], Any] = field(default_factory=dict)
 
     def table(
         self,
@@ -153,7 +153,7 @@ class Boosted:
         p = np.empty((len(cuts.samples), self.setting.future_days))
         for ahead in range(self.setting.future_days):
             y = [part.cuts.daily[:, ahead, column] for part in (self.train, self.validate)]
-            p[:, ahead] = self._predict(book, column, (ahead, 1), BINARY, [_yes(values) for values in y])
+            p[:, ahead] = self._predict(book, name, column, (ahead, 1), BINARY, [_yes(values) for values in y])
         return prediction_rows(model, self.seed, cuts, name, cuts.daily[:, :, column], {"p": p, "mean": p})
 
     def _horizon(self, book: _Book, name: str, task: Task, model: str) -> pa.Table:
@@ -168,9 +168,9 @@ class Boosted:
         gated = task.gate is not None
         if gated:
             values = [np.where(value > 0, value, np.nan) for value in values]
-        days = (0, horizon.days)
+        days, target = (0, horizon.days), name if gated else f"{name}, all rows"
         columns = {
-            column: np.maximum(self._predict(book, horizon.behaviour, days, objective, values), 0)[:, None]
+            column: np.maximum(self._predict(book, target, horizon.behaviour, days, objective, values), 0)[:, None]
             for column, objective in objectives(self.setting.interval, gated).items()
         }
         if gated:
@@ -184,14 +184,20 @@ class Boosted:
         """(S, 1) P(`any` over the days)."""
         horizon = self.setting.horizons[place]
         y = [_yes(part.cuts.over[:, place]) for part in (self.train, self.validate)]
-        return self._predict(book, horizon.behaviour, (0, horizon.days), BINARY, y)[:, None]
+        return self._predict(book, horizon.name, horizon.behaviour, (0, horizon.days), BINARY, y)[:, None]
 
     def _predict(
-        self, book: _Book, column: int, days: tuple[int, int], objective: dict[str, Any], y: Sequence[Floats]
+        self,
+        book: _Book,
+        target: str,
+        column: int,
+        days: tuple[int, int],
+        objective: dict[str, Any],
+        y: Sequence[Floats],
     ) -> Floats:
-        """(S,) predictions by the model of an objective, fitted once on training and validation outcomes `y` (NaN: a
-        row that does not count)."""
-        key = (column, *days, int(np.isfinite(y[0]).sum()), f"{sorted(objective.items())}")
+        """(S,) predictions of `target` by the model of an objective, fitted once on training and validation outcomes
+        `y` (NaN: a row that does not count)."""
+        key = (target, days[0], f"{sorted(objective.items())}")
         if key not in self._models:
             self._models[key] = self._fitted(column, days, objective, y)
         sheet = book.sheet(column, *days)
