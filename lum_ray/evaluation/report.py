@@ -45,14 +45,15 @@ METRICS: dict[str, tuple[str, str, bool]] = {
 class ReportFacts:
     """Everything that the report shows; None or () for what a run does not have.
 
-    metrics: `protocol.evaluate(..., ours=ours)`. curves: the rows of metrics.jsonl. calibration: one a binary task of
-    `ours`. pad_share: share of input tokens that are pads. data, summary: (label, value) lines. cohorts:
+    averages: models made of several seeds of `ours`. metrics: `protocol.evaluate(..., ours=ours)`. curves: the rows of
+    metrics.jsonl. calibration: one a binary task of `ours`. pad_share: share of input tokens that are pads. data, summary: (label, value) lines. cohorts:
     `protocol.by_cohort`. no_attention, no_what_if: why there is none, such as "no yearly event in the data".
     strata: `strata.compare` of `ours` and `peer`. calendar_worth: `strata.calendar_worth`.
     """
 
     title: str
     ours: str
+    averages: tuple[str, ...] = ()
     summary: tuple[tuple[str, str], ...] = ()
     metrics: pa.Table | None = None
     curves: tuple[Mapping[str, Any], ...] = ()
@@ -114,7 +115,7 @@ def render(facts: ReportFacts) -> str:
         .from_string(TEMPLATE)
         .render(
             facts=facts,
-            tables=metric_tables(facts.metrics, facts.ours) if facts.metrics is not None else (),
+            tables=metric_tables(facts.metrics, facts.ours, facts.averages) if facts.metrics is not None else (),
             sections=_sections(facts),
             pads=_pads(facts.pad_share),
             cohorts=_cohorts(facts.cohorts),
@@ -126,8 +127,11 @@ def render(facts: ReportFacts) -> str:
     )
 
 
-def metric_tables(table: pa.Table, ours: str) -> tuple[MetricTable, ...]:
-    """The metrics table, one per metric, models as columns (ours first), the best value of a task marked."""
+def metric_tables(table: pa.Table, ours: str, averages: Sequence[str] = ()) -> tuple[MetricTable, ...]:
+    """The metrics table, one per metric, models as columns (ours first), the best value of a task marked.
+
+    `averages` are models made of ours: they have a column, but are no rivals of it.
+    """
     rows = table.to_pylist()
     models = sorted({row["model"] for row in rows}, key=lambda model: (model != ours, model))
     result = []
@@ -141,7 +145,8 @@ def metric_tables(table: pa.Table, ours: str) -> tuple[MetricTable, ...]:
             cells = tuple(_cell(at.get(model), model == winner, model == ours) for model in models)
             lines.append((task, f"{max(row['n'] for row in at.values()):,}", cells))
         if lines:
-            sentence = _table_sentence(found, tasks, models, ours, best)
+            rivals = [model for model in models if model not in averages]
+            sentence = _table_sentence(found, tasks, rivals, ours, best)
             result.append(MetricTable(heading, best, is_open, tuple(models), tuple(lines), sentence))
     return tuple(result)
 

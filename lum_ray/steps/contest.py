@@ -92,8 +92,8 @@ def contest(
     tasks = contest_tasks(run, names)
     uris = peer(run, tasks, log, threads=threads)
     uris += (own := [uri for seed in seeds for uri in ours(with_seed(run, seed), tasks, log)])
-    if len(own) > 1:
-        uris.append(average(own, run.root, f"{run.name}_{AVERAGE}"))
+    averages = (f"{run.name}_{AVERAGE}",) if len(own) > 1 else ()
+    uris += [average(own, run.root, name) for name in averages]
     log(f"comparing {len(uris)} prediction files")
     predictions = read_predictions(uris, tasks)
     worth = None
@@ -113,7 +113,9 @@ def contest(
     if find(uri) is None:
         log("drawing the report")
         facts = facts_of(with_seed(run, seeds[0]), prepared, train(with_seed(run, seeds[0])), predictions, table, tasks)
-        facts = dataclasses.replace(facts, strata=groups_table, peer=boosted.MODEL, calendar_worth=worth)
+        facts = dataclasses.replace(
+            facts, averages=averages, strata=groups_table, peer=boosted.MODEL, calendar_worth=worth
+        )
         write_table(join(uri, "metrics.parquet"), table)
         write_table(join(uri, "groups.parquet"), groups_table)
         write_report(join(uri, "report.html"), facts)

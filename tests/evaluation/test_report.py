@@ -17,6 +17,7 @@ from lum_ray.evaluation.attention import Attention, attention_masses
 from lum_ray.evaluation.metrics import reliability
 from lum_ray.evaluation.pictures import WhatIf
 from lum_ray.evaluation.predictions import check
+from lum_ray.evaluation.protocol import TABLE
 from lum_ray.evaluation.report import ReportFacts, metric_tables, render, write_report
 from tests.evaluation.small_world import SETTING, TASKS, splits
 
@@ -65,6 +66,20 @@ def facts() -> ReportFacts:
         peer=PEER,
         calendar_worth=strata.calendar_worth(predicted, TASKS, {OURS: PEER}, resamples=50),
     )
+
+
+def test_an_average_of_our_seeds_is_no_rival_of_ours() -> None:
+    def row(model: str, value: float) -> dict[str, object]:
+        known = {"model": model, "task": "active", "metric": "eval/roc_auc", "n": 9, "seeds": 1}
+        gains = {} if model == "ours" else {"gain": 0.8 - value, "gain_low": 0.79 - value, "gain_high": 0.81 - value}
+        return known | {"value": value, "low": value, "high": value} | gains
+
+    table = pa.Table.from_pylist([row("ours", 0.8), row("ours_average", 0.82), row("peer", 0.7)], schema=TABLE)
+    (shown,) = metric_tables(table, "ours", ("ours_average",))
+    assert shown.sentence.startswith("ours is best in 1 of 1 tasks") and "speaks for ours in 1" in shown.sentence
+    assert shown.models == ("ours", "ours_average", "peer")
+    (rivals,) = metric_tables(table, "ours")
+    assert rivals.sentence.startswith("ours is best in 0 of 1 tasks")
 
 
 def test_each_section_has_its_sentence(facts: ReportFacts, tmp_path: Path) -> None:
