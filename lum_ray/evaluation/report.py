@@ -46,8 +46,9 @@ class ReportFacts:
     """Everything that the report shows; None or () for what a run does not have.
 
     averages: models made of several seeds of `ours`. metrics: `protocol.evaluate(..., ours=ours)`. curves: the rows of
-    metrics.jsonl. calibration: one a binary task of `ours`. pad_share: share of input tokens that are pads. data, summary: (label, value) lines. cohorts:
-    `protocol.by_cohort`. no_attention, no_what_if: why there is none, such as "no yearly event in the data".
+    metrics.jsonl. calibration: one a binary task of `ours`. pad_share: share of input tokens that are pads. data,
+    summary: (label, value) lines. cohorts: `protocol.by_cohort`. no_attention, no_what_if: why there is none, such as
+    "no yearly event in the data".
     strata: `strata.compare` of `ours` and `peer`. calendar_worth: `strata.calendar_worth`.
     """
 
