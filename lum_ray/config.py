@@ -23,7 +23,9 @@ from lum_ray.run import (
     Day,
     Derived,
     Events,
+    Graph,
     Horizon,
+    Items,
     Kind,
     Profiles,
     Run,
@@ -42,7 +44,9 @@ __all__ = [
     "Day",
     "Derived",
     "Events",
+    "Graph",
     "Horizon",
+    "Items",
     "Kind",
     "Profiles",
     "Run",
@@ -202,7 +206,10 @@ def read_run(raw: Any, sections: Mapping[str, type]) -> Run:
         raise UserError(f"name: expected letters, digits, '_', '.' or '-', got {raw['name']!r}")
     parts: dict[str, Any] = {key: read(kind, raw[key], key) for key, kind in _PLAIN_FIELDS.items() if key in raw}
     section: Any = read(sections[models[0]], raw[models[0]] or {}, models[0])
-    return Run(model=models[0], section=section, **parts)
+    try:
+        return Run(model=models[0], section=section, **parts)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load(path: str, assignments: Sequence[str], sections: Mapping[str, type]) -> Run:

@@ -22,20 +22,22 @@ class Source:
     """Where raw tables come from when they are not there yet: an adapter writes them under `<root>/raw/`."""
 
     __pydantic_config__: ClassVar = STRICT
-    adapter: Literal["complete_journey", "oulad", "simulator"]
+    adapter: Literal["complete_journey", "next_item", "oulad", "simulator"]
     path: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Events:
-    """`id` names a column (or none) whose repeated values mark duplicate rows."""
+    """`id` names a column (or none) whose repeated values mark duplicate rows, `item` the one that holds the item of
+    each event (only GTS-LUM reads it)."""
 
     __pydantic_config__: ClassVar = STRICT
     path: str | None = None
     user: str = "user"
     time: str = "time"
     id: str | None = None
+    item: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,37 @@ class Calendar:
     __pydantic_config__: ClassVar = STRICT
     path: str | None = None
     holidays: str | None = None
+
+
+@dataclass(frozen=True)
+class Items:
+    """The catalogue, one row an item. An item's text is its `text` columns joined with ", " in this order, without the
+    empty ones; `numbers` and `categories` are its columns for the table encoder."""
+
+    __pydantic_config__: ClassVar = STRICT
+    path: str | None = None
+    item: str = "item"
+    text: tuple[str, ...] = ("text",)
+    numbers: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("text: expected at least one column that describes the items, such as [title, category]")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Edges between items: those of a table (`weight` None: 1; `known_at` None: always known), and, with
+    `co_occurrence`, between items at the same instant of a user before the train cut."""
+
+    __pydantic_config__: ClassVar = STRICT
+    path: str | None = None
+    source: str = "source"
+    target: str = "target"
+    weight: str | None = None
+    known_at: str | None = None
+    co_occurrence: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,14 +157,16 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Data:
-    """The raw tables, their columns, the time zone and the behaviours."""
+    """The raw tables, their columns, the time zone and the behaviours (LUMOS) or the items (GTS-LUM)."""
 
     __pydantic_config__: ClassVar = STRICT
-    behaviours: tuple[Behaviour, ...]
+    behaviours: tuple[Behaviour, ...] = ()
     source: Source | None = None
     events: Events = Events()
     profiles: Profiles | None = None
     calendar: Calendar | None = None
+    items: Items | None = None
+    graph: Graph | None = None
     time_zone: str = "UTC"
     derived: tuple[Derived, ...] = ()
     horizons: tuple[Horizon, ...] = ()
@@ -147,11 +182,6 @@ class Data:
         if twice:
             raise ValueError(f"behaviours: names must be distinct, these come twice: {', '.join(twice[:5])}")
         kinds = {item.name: item.kind for item in self.behaviours}
-        if "binary" not in kinds.values():
-            raise ValueError(
-                "behaviours: expected at least one binary behaviour, such as "
-                "{name: active, kind: binary, aggregate: count()}"
-            )
         for item in self.behaviours:
             if item.gate and kinds.get(item.gate) != "binary":
                 raise ValueError(f"behaviours: the gate of {item.name} must be a binary behaviour, got {item.gate!r}")
@@ -307,3 +337,20 @@ class Run:
     serve: Serve = Serve()
     root: str = "runs"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.model == "lumos" and all(item.kind != "binary" for item in self.data.behaviours):
+            raise ValueError(
+                "data: behaviours: expected at least one binary behaviour, such as "
+                "{name: active, kind: binary, aggregate: count()}"
+            )
+        if self.model == "gts" and self.data.events.item is None:
+            raise ValueError(
+                "data.events.item: missing; GTS-LUM reads the item of each event: name the column of the events that "
+                "holds it, such as product_id"
+            )
+        if self.model == "gts" and self.data.items is None:
+            raise ValueError(
+                "data.items: missing; GTS-LUM needs a table of the items with their texts, such as "
+                "{path: items/, item: product_id, text: [title, category]}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from lum_ray import catalog, config, presets
 from lum_ray.artifacts import UserError
+from lum_ray.config import Graph, Items
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -43,6 +45,10 @@ def test_a_preset_survives_its_own_file(name: str) -> None:
         ("dta=3", r"dta: unknown key; did you mean `data`\?"),
         ("name=a/b", r"name: expected letters"),
         ("split.validate_from=null", r"split: validate_from: missing"),
+        ("data.behaviours=[]", r"data: horizons: active_any_7: use `any` over a binary behaviour.*\(it is None\)"),
+        ("data.items={text: []}", r"data\.items: text: expected at least one column"),
+        ("data.items={txt: [a]}", r"data\.items\.txt: unknown key; did you mean `text`\?"),
+        ("data.graph={wieght: a}", r"data\.graph\.wieght: unknown key; did you mean `weight`\?"),
         ("data.derived=[{name: x, when: never}]", r"data\.derived\.0: expected 'no X in the next N days'"),
     ],
 )
@@ -86,8 +92,32 @@ def test_load_names_a_missing_and_a_broken_file(tmp_path: Path) -> None:
 def test_exactly_one_model_section() -> None:
     raw = plain()
     del raw["lumos"]
-    with pytest.raises(UserError, match="exactly one model section of lumos, got none"):
+    with pytest.raises(UserError, match="exactly one model section of lumos, gts, got none"):
         catalog.read_run(raw)
+
+
+@dataclass(frozen=True)
+class _Gts:
+    width: int = 8
+
+
+def test_each_model_says_what_it_needs_of_the_data() -> None:
+    raw = plain()
+    raw["data"] |= {"behaviours": [], "derived": [], "horizons": []}
+    with pytest.raises(UserError, match=r"^data: behaviours: expected at least one binary behaviour, such as"):
+        catalog.read_run(raw)
+    del raw["lumos"]
+    raw |= {"gts": {}}
+    with pytest.raises(UserError, match=r"^data\.events\.item: missing; GTS-LUM reads the item of each event"):
+        config.read_run(raw, {"gts": _Gts})
+    raw["data"]["events"]["item"] = "product_id"
+    with pytest.raises(UserError, match=r"^data\.items: missing; GTS-LUM needs a table of the items"):
+        config.read_run(raw, {"gts": _Gts})
+    raw["data"]["items"] = {"text": ["title", "kind"]}
+    raw["data"]["graph"] = {"co_occurrence": False}
+    run = config.read_run(raw, {"gts": _Gts})
+    assert run.data.items == Items(text=("title", "kind")) and run.data.graph == Graph(co_occurrence=False)
+    assert config.read_run(config.dump(run), {"gts": _Gts}) == run
 
 
 def test_day_number() -> None:

@@ -28,9 +28,9 @@ from lum_ray.data.schema import (
     mask,
     raw_files,
     require,
-    to_day,
     wrong_type,
 )
+from lum_ray.data.times import to_day
 
 CANONICAL = ("bucket", "user", "user_hash", "registered", "ends", "segment")
 """Columns of the profiles in the timelines that are not raw columns."""

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -251,7 +251,7 @@ class Loader:
             micro = rows.take(chosen)
             samples = self._plan.draw(micro, self._seed, epoch_N[chosen], self._draws)
             rows_without_cut += len(micro) - len(samples) // self._draws
-            micro_batches.append(self._collate(micro, samples))
+            micro_batches.append(self._collate(micro, replace(samples, step=step)))
         return Step(step, pieces[0][0], micro_batches, rows_without_cut)
 
     def _fits(self, timelines: Timelines, cache_mib: float) -> bool:

@@ -1,4 +1,4 @@
-"""Raw tables -> the `timelines` and `calendar` artifacts, on one machine or on a Ray cluster.
+"""Raw tables -> the `timelines` (or `sequences`) and `calendar` artifacts, on one machine or on a Ray cluster.
 
 Two stages. *map*: a task reads some row groups, cleans them, aggregates them to mergeable daily states and writes one
 Arrow file with a record batch for each final file. *merge*: a task takes its record batch of every map file, merges the
@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -68,10 +69,15 @@ def prepare_timelines(
     another, `block_rows` is about what a map task reads (at least a row group). Profiles are prepared where
     `data.profiles` is set. Raises UserError for tables that cannot be read, break the schema, or hold more than
     `max_reject_share` bad rows.
+
+    A tokenizer that keeps events one by one makes the same layout with a row an event, of the kind `sequences`: its
+    days may come again within a user, `active_days` counts the events kept, and the behaviours of `data` are not read.
     """
     found = artifacts.find(uri)
     if found is not None:
         return found
+    if tokenizer.columns:
+        data = replace(data, behaviours=(), derived=(), horizons=())
     try:
         return _build(data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows)
     except FileNotFoundError:
@@ -129,15 +135,16 @@ def _build(
 
     made = [result for result in merged if result["table"] == "events"]
     size, active_days = sum(result["bytes"] for result in made), sum(result["active_days"] for result in made)
+    stored = [{"name": b.name, "kind": b.kind, "resolution": b.resolution} for b in data.behaviours]
     manifest = {
-        "kind": "timelines",
+        "kind": "sequences" if tokenizer.columns else "timelines",
         "digest": uri.rstrip("/").rsplit("/", 1)[-1],
         "tokenizer_version": tokenizer.version,
         "inputs": fingerprint,
         "log2_buckets": log2_buckets,
         "parts": [{"path": part, "from_day": first_day, "to_day": end_day, "files": _files(made)}],
         "profiles": _files([r for r in merged if r["table"] == "profiles"]) if profiles else None,
-        "behaviours": [{"name": b.name, "kind": b.kind, "resolution": b.resolution} for b in data.behaviours],
+        "behaviours": [*stored, *({"name": name, "kind": "event", "resolution": 1} for name in tokenizer.columns)],
         "first_day": first_day,
         "end_day": end_day,
         "users": sum(result["rows"] for result in made),

@@ -1,8 +1,8 @@
-"""Reading timelines into `Rows`: buckets of a `timelines` artifact, or plain tables (inline histories).
+"""Reading timelines into `Rows`: buckets of a `timelines` or `sequences` artifact, or plain tables (inline histories).
 
 One decoder serves both, so that a stored user and the same user inline are the same arrays. A bucket's users come out
 sorted by (hash, user) whatever the number of parts that hold them: a batch does not change when parts are compacted.
-Shapes: N users, A active days (all users together), U behaviours.
+Shapes: N users, A active days (all users together; events in sequences), U behaviours.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ NOT_PROFILE = ("bucket", "user", "user_hash", "registered", "ends", "segment")
 """Columns of a profiles file that are not the user's raw numbers and categories."""
 
 
+KINDS = ("timelines", "sequences")
+"""A row of sequences is an event: a user's days may come again."""
+
+
 @dataclass(frozen=True)
 class Behaviour:
     """A stored daily number: binary (0/1) or an integer in units of `resolution`."""
@@ -48,7 +52,7 @@ class _RowGroup:
 
 
 class Timelines:
-    """A committed `timelines` artifact. Nothing but its manifest is read until rows are asked for.
+    """A committed `timelines` or `sequences` artifact. Nothing but its manifest is read until rows are asked for.
 
     Holds no open files, so that one object may be read from several threads. Reading raises UserError where a file is
     missing, or is not what the manifest says.
@@ -56,8 +60,10 @@ class Timelines:
 
     def __init__(self, artifact: artifacts.Artifact) -> None:
         manifest = artifact.manifest
-        if manifest.get("kind") != "timelines":
-            raise UserError(f"{artifact.uri}: expected an artifact of kind 'timelines', got {manifest.get('kind')!r}")
+        if manifest.get("kind") not in KINDS:
+            raise UserError(
+                f"{artifact.uri}: expected an artifact of kind 'timelines' or 'sequences', got {manifest.get('kind')!r}"
+            )
         self.uri = artifact.uri
         self.manifest: Mapping[str, Any] = manifest
         self.behaviours = tuple(
@@ -112,7 +118,8 @@ class Timelines:
             profiles = [self._read(group, None) for group in self._profiles.get(bucket, [])]
             bytes_read += sum(size for _, size in [*parts, *profiles])
             where = f"{self.uri}, bucket {bucket}"
-            history = _merge(_decode(pa.concat_tables([table for table, _ in parts]), names, where), where)
+            decoded = _decode(pa.concat_tables([table for table, _ in parts]), names, where)
+            history = _merge(decoded, where, self.manifest["kind"] == "sequences")
             profile = pa.concat_tables([table for table, _ in profiles]) if profiles else self._no_profiles
             pieces.append(_rows(history, profile, self.start_day, self.end_day))
         if not pieces:
@@ -184,14 +191,19 @@ class Timelines:
 
 
 def rows_from_tables(
-    daily: pa.Table, profiles: pa.Table | None, behaviours: Sequence[str], start_day: int, end_day: int
+    daily: pa.Table,
+    profiles: pa.Table | None,
+    behaviours: Sequence[str],
+    start_day: int,
+    end_day: int,
+    sequences: bool = False,
 ) -> Rows:
     """Users that are in memory already, as `Timelines.read` gives a bucket: sorted by (hash, user).
 
     `daily` has user, day and one integer column a behaviour (units of its resolution), one row per user and day, in any
     order. `profiles` has user and optionally registered, ends, segment and raw columns; a user who is only there gets
     an empty history (and without a registration did not exist before `end_day`). Raises UserError where a (user, day)
-    comes twice.
+    comes twice. With `sequences` a row is an event: days may come again, and a day's events keep the table's order.
     """
     names = daily["user"].cast(pa.string()).combine_chunks()
     known = [names] if profiles is None else [names, profiles["user"].cast(pa.string()).combine_chunks()]
@@ -208,7 +220,7 @@ def rows_from_tables(
         days=days[order],
         values=_columns([daily[name] for name in behaviours], len(days))[order],
     )
-    _check_days(history, "the daily table")
+    _check_days(history, "the daily table", sequences)
     return _rows(history, profiles, start_day, end_day)
 
 
@@ -270,7 +282,7 @@ def _decode(table: pa.Table, behaviours: Sequence[str], where: str) -> _History:
     )
 
 
-def _merge(history: _History, where: str) -> _History:
+def _merge(history: _History, where: str, repeats: bool = False) -> _History:
     """One row per user, sorted by (hash, user); a user's rows (one a part, in the parts' order) are joined."""
     hashes = history.user_hash
     # hashes that ascend strictly are the common case (one part): nothing to sort, nobody twice
@@ -290,21 +302,24 @@ def _merge(history: _History, where: str) -> _History:
             days=history.days[index],
             values=history.values[index],
         )
-    _check_days(history, where)
+    _check_days(history, where, repeats)
     return history
 
 
-def _check_days(history: _History, where: str) -> None:
-    """Days must ascend strictly inside a user: `span` searches them, and a day that comes twice has two values."""
+def _check_days(history: _History, where: str, repeats: bool) -> None:
+    """Days must ascend inside a user, because `span` searches them; strictly unless they may repeat (sequences),
+    because a day that comes twice has two values."""
     inside = np.ones(max(len(history.days) - 1, 0), np.bool_)
     starts = np.cumsum(history.lengths)[:-1]
     inside[starts[(starts > 0) & (starts < len(history.days))] - 1] = False
-    wrong = np.flatnonzero(inside & (history.days[1:] <= history.days[:-1]))[:5] + 1
+    step = np.diff(history.days.astype(np.int64))
+    wrong = np.flatnonzero(inside & (step < (0 if repeats else 1)))[:5] + 1
     if len(wrong):
         row = np.searchsorted(np.cumsum(history.lengths), wrong, side="right")
         pairs = list(zip(history.user.take(row).to_pylist(), history.days[wrong].tolist(), strict=True))
         raise UserError(
-            f"{where}: expected each (user, day) once and days ascending, over all parts; got again {pairs}; "
+            f"{where}: expected {'' if repeats else 'each (user, day) once and '}days ascending, over all parts; "
+            f"got again {pairs}; "
             "prepare the timelines anew, or remove the repeated rows"
         )
 

@@ -82,11 +82,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is cut from rows: for each sample its row, its cut (first predicted day) and its draw number."""
+    """What is cut from rows: for each sample its row, its cut (first predicted day) and its draw number; `step` is the
+    global step that they are drawn for, the same on all ranks (0 outside training)."""
 
     row: Int64  # (S,)
     cut: Int32  # (S,)
     draw: Int32  # (S,)
+    step: int = 0
 
     def __len__(self) -> int:
         return len(self.row)

@@ -5,9 +5,8 @@ everything with a UserError before anything starts. What is wrong with a row sen
 (file, row, reason): `file` is `<table>/<path below the table's folder>`, so that it does not depend on the machine,
 `row` counts from 0 in the file.
 
-Choices: a timestamp with a zone belongs to the day of its instant in the run's time zone; a timestamp without one is
-refused unless the run's time zone is UTC (then it is read as UTC); dates and day numbers are days already. Integer
-users are read as their decimal digits.
+Choices: a timestamp without a zone is refused unless the run's time zone is UTC (then it is read as UTC; see `times`).
+Integer users and items are read as their decimal digits.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 from lum_ray.artifacts import UserError, list_files, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data.expressions import parse, plain, to_units
+from lum_ray.data.times import to_day, to_instant
 
 Bool = npt.NDArray[np.bool_]
 REJECTS = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
@@ -143,12 +143,20 @@ def check_events(uri: str, data: Data) -> list[RawFile]:
         require(file, {f"data.events.{key}": name for key, name in columns.items()})
         check_user(file, data.events.user)
         check_time(file, data.events.time, data.time_zone)
+        if (name := item_column(data)) is not None:
+            require(file, {"data.events.item": name})
+            check_user(file, name)
         for item in data.behaviours:
             try:
                 parse(item.aggregate).check(file.schema)
             except UserError as error:
                 raise UserError(f"data.behaviours.{item.name}: {error}; in {file.uri}") from None
     return files
+
+
+def item_column(data: Data) -> str | None:
+    """The column with the item of each event, where events are kept one by one: no behaviours aggregate them."""
+    return None if data.behaviours else data.events.item
 
 
 def check_zone(time_zone: str) -> None:
@@ -198,24 +206,6 @@ def wrong_type(file: RawFile, column: str, expected: str, mend: str) -> UserErro
     )
 
 
-def to_day(column: pa.ChunkedArray, time_zone: str) -> pa.Array:
-    """Times as day numbers (int32): null stays null, and so does what does not fit. See the choices above."""
-    found = column.type
-    if pa.types.is_timestamp(found):
-        # an instant without a zone only comes here when the run's zone is UTC
-        zoned = pc.cast(column, pa.timestamp("us", tz=found.tz or "UTC"), safe=False)
-        column = pc.cast(pc.local_timestamp(pc.cast(zoned, pa.timestamp("us", tz=time_zone))), pa.date32(), safe=False)
-    elif pa.types.is_date64(found):
-        column = pc.cast(column, pa.date32(), safe=False)
-    array = column.combine_chunks()
-    if pa.types.is_date32(array.type):
-        return array.view(pa.int32())
-    numbers = pc.cast(array, pa.int64(), safe=False)
-    info = np.iinfo(np.int32)
-    fits = pc.and_(pc.greater_equal(numbers, int(info.min)), pc.less_equal(numbers, int(info.max)))
-    return pc.cast(pc.if_else(fits, numbers, pa.scalar(None, pa.int64())), pa.int32())
-
-
 class Rejected:
     """Collects for each row of a block the first reason against it."""
 
@@ -259,9 +249,10 @@ def mask(values: Any) -> Bool:
 def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: int = 0) -> tuple[pa.Table, pa.Table]:
     """Events (N rows, as they are in a file or a request) for the tokenizer, and the rejects (file, row, reason).
 
-    Returns (user string, day int32, the columns that the behaviours use; with `events.id` also PROVENANCE, see
-    `drop_repeats`). Rejected: a null user, a null time, a NaN or infinite number, a value finer than its behaviour's
-    resolution or too large, a day outside [data.start, data.end), a null id.
+    Returns (user string, day int32, the columns that the behaviours use; without behaviours but with `events.item`:
+    item string, time_us and offset_min, see `to_instant`; with `events.id` also PROVENANCE, see `drop_repeats`).
+    Rejected: a null user, a null time, a NaN or infinite number, a value finer than its behaviour's resolution or too
+    large, a day outside [data.start, data.end), a null item, a null id.
     Raises UserError for missing or mistyped columns.
     """
     require_in = RawFile(file, file, 0, (table.num_rows,), table.schema)
@@ -300,6 +291,15 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
             rejected.add(
                 units.large, f"{item.name}: {aggregate} is {{}}, more than 2^48 times {item.resolution}", value
             )
+    if (items := item_column(data)) is not None:
+        require(require_in, {"data.events.item": items})
+        check_user(require_in, items)
+        own = pc.cast(_plain(table, items, file), pa.string())
+        time_us, offset_min = to_instant(time, data.time_zone)
+        rejected.add(mask(pc.is_null(own)), f"`{items}` is null")
+        rejected.add(mask(pc.is_null(time_us)), f"`{data.events.time}` is {{}}, too far for microseconds", time)
+        for name, column in (("item", own), ("time_us", time_us), ("offset_min", offset_min)):
+            events = events.append_column(name, column)
     if data.events.id is not None:
         require(require_in, {"data.events.id": data.events.id})
         identity = pc.cast(_plain(table, data.events.id, file), pa.string())
@@ -338,7 +338,8 @@ def read_events(
 
 def _event_columns(data: Data) -> list[str]:
     names = {column for item in data.behaviours for column in parse(item.aggregate).columns}
-    return sorted(names | {data.events.user, data.events.time} | ({data.events.id} if data.events.id else set()))
+    maybe = {name for name in (data.events.id, item_column(data)) if name is not None}
+    return sorted(names | {data.events.user, data.events.time} | maybe)
 
 
 def batches(

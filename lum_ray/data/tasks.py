@@ -25,11 +25,16 @@ Task = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer: `partial(events, behaviours)` and `merge(partials, behaviours)`, see `lumos.timelines`."""
+    """A model's tokenizer: `partial(events, behaviours)` and `merge(partials, behaviours)`, see `lumos.timelines`.
+
+    `columns`: what `merge` gives besides user and day where it keeps events one by one (`gts.sequences`); the artifact
+    is then of the kind `sequences`.
+    """
 
     partial: Callable[[pa.Table, Sequence[Any]], pa.Table]
     merge: Callable[[Sequence[pa.Table], Sequence[Any]], pa.Table]
     version: int
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,11 @@ class Job:
 def map_tasks(table: str, files: Sequence[RawFile], block_rows: int) -> list[Task]:
     """Blocks of row groups with about `block_rows` rows; a piece is [uri, name, row groups, row of the first]."""
     blocks: list[list[list[Any]]] = []
-    filled = block_rows
+    filled = 0
     for file in files:
         row = 0
         for group, count in enumerate(file.row_groups):
-            if filled + count > block_rows:
+            if not blocks or filled + count > block_rows:
                 blocks.append([])
                 filled = 0
             if blocks[-1] and blocks[-1][-1][0] == file.uri:

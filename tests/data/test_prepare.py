@@ -307,6 +307,15 @@ def test_map_tasks_hold_every_row_group_once(tmp_path: Path) -> None:
     assert max(sizes) <= 130 and sum(sizes) == 1000 and len({block["name"] for block in blocks}) == len(blocks) == 8
 
 
+def test_an_empty_file_in_front_changes_nothing(tmp_path: Path) -> None:
+    whole = RawTables(_write(tmp_path / "e", _rows(1000)))
+    (tmp_path / "f").mkdir()
+    pq.write_table(_rows(1000).slice(0, 0), tmp_path / "f" / "0000.parquet")
+    pq.write_table(_rows(1000), tmp_path / "f" / "0001.parquet")
+    found = _content(_prepare(tmp_path / "two", RawTables(str(tmp_path / "f"))))
+    assert found == _content(_prepare(tmp_path / "one", whole))
+
+
 def test_the_calendar_artifact(tmp_path: Path) -> None:
     tables = RawTables(_write(tmp_path / "e", _rows(10).set_column(1, "time", pa.array([3] * 10, pa.date32()))))
     calendar = pa.table(

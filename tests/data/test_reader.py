@@ -252,5 +252,5 @@ def test_no_artifact_and_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected an artifact, but it has no manifest.json"):
         Timelines.open(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"kind": "fitted"}')
-    with pytest.raises(UserError, match="expected an artifact of kind 'timelines', got 'fitted'"):
+    with pytest.raises(UserError, match="expected an artifact of kind 'timelines' or 'sequences', got 'fitted'"):
         Timelines.open(str(tmp_path))

@@ -11,7 +11,8 @@ import pytest
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Data, Events
-from lum_ray.data.schema import check_events, clean_events, drop_repeats, raw_files, read_events, to_day
+from lum_ray.data.schema import check_events, clean_events, drop_repeats, raw_files, read_events
+from lum_ray.data.times import to_day
 
 BEHAVIOURS = (Behaviour("active", "binary", "count()"), Behaviour("spend", "continuous", "sum(price)", 0.01))
 UTC = datetime.UTC

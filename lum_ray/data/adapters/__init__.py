@@ -13,17 +13,18 @@ from lum_ray.artifacts import UserError
 # Modules by name, imported on use: an adapter's packages are asked for only where it is used.
 ADAPTERS = {
     "complete_journey": "lum_ray.data.adapters.complete_journey",
+    "next_item": "lum_ray.data.adapters.next_item",
     "oulad": "lum_ray.data.adapters.oulad",
     "simulator": "lum_ray.data.adapters.simulator",
 }
-VERSIONS = {"complete_journey": 1, "oulad": 2, "simulator": 1}
+VERSIONS = {"complete_journey": 1, "next_item": 1, "oulad": 2, "simulator": 1}
 """What an adapter writes has changed where its number has: tables of another version are written anew."""
 
 
 def write_source(
     adapter: str, dest: str, filesystem: fs.FileSystem, path: str | None, options: Mapping[str, Any]
 ) -> None:
-    """Write events/, profiles/ and calendar/ under `dest` with the adapter of that name.
+    """Write events/, profiles/ and calendar/ (and items/, see the adapter) under `dest` with the adapter of that name.
 
     Raises UserError for an unknown adapter, and what the adapter's own `write` raises.
     """

