@@ -1,0 +1,218 @@
+"""GTS-LUM: behaviours and their times as tokens, read by a (frozen) LLM, in two readings of the prefix.
+
+R, retrieve: the prefix says the task and the profile; the state at the end of the history is the user embedding, and
+is matched with each item's own embedding, without another pass. P, propensity: a candidate stands in front of the same
+history, and a scalar head says how likely it follows; K candidates cost K passes. The true target is never in R's
+prefix: see `GtsConfig.reading` for the literal reading, which leaks.
+
+The arrays of a batch (`GtsStage.collate` makes them):
+- `unique_U` catalogue indices of all items of the batch; `place_*` below index it.
+- `kind_BL`, `place_BL`, `descriptor_BL`, `slot_BL`, `gap_BL`, `group_BL`: the tokens, left-aligned; `length_B`.
+- `profile_BP`: the row of the user's table, encoded.
+- R: `query_sample_R`, `query_token_R` (position of the token that ends the history, -1: there is none), `positive_R`,
+  `candidate_C` (places), `log_q_U`, `masked_query_X`, `masked_column_X`, and the repeats as triplets `seen_query_S`,
+  `seen_column_S` (0 the positive, 1 + c the candidate c), `seen_SF`.
+- P: `asked_sample_P`, `asked_PK` (places, the true one first), `asked_seen_PKF`, `asked_known_PK`.
+
+Legend: B samples, L tokens, D width of the LLM, O output width, U unique items, R queries of reading R, C candidates,
+P samples of reading P, K candidates in front, F repeat features, S triplets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lum_ray.gts.behaviours import Behaviours
+from lum_ray.gts.collate import DESCRIPTOR, SEP
+from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
+from lum_ray.gts.intervals import DESCRIPTORS, GAPS, descriptor_text
+from lum_ray.gts.llm import Llm, load, states
+from lum_ray.nn import MLP
+
+Batch = Mapping[str, Tensor]
+TERMS = ("retrieve", "propensity", "generate")
+MAX_GROUPS = 256
+REPEAT_FEATURES = 3
+
+
+class Gts(nn.Module):
+    """The whole network. `llm` may be handed in, so that it is loaded once."""
+
+    def __init__(self, config: GtsConfig, inputs: GtsInputs, llm: Llm | None = None) -> None:
+        super().__init__()
+        self.config, self.inputs = config, inputs
+        self._catalogue: tuple[Tensor, Tensor] | None = None
+        llm = llm or load(config)
+        self.decoder, self.width = llm.decoder, llm.width
+        self.behaviours = Behaviours(config, inputs, llm.width, llm.rms)
+        words = llm.mean_of_words([descriptor_text(code) for code in range(DESCRIPTORS)])
+        self.descriptors = nn.Embedding.from_pretrained(words, freeze=config.timestamps == "text")
+        small = llm.rms * 0.1
+        self.slots, self.gaps = _table(config.slots, llm.width, small), _table(GAPS, llm.width, small)
+        self.groups = _table(MAX_GROUPS, llm.width, small) if config.timestamps == "position" else None
+        named = llm.mean_of_words(["recommend what comes next", "will this come next", "end of the moment", "nothing"])
+        self.tasks = nn.Embedding.from_pretrained(named, freeze=False)  # retrieve, propensity, [SEP], no target
+        self.target = nn.Parameter(torch.randn(llm.width) * small)
+        self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
+        self.user_out, self.item_out = (nn.Linear(llm.width, config.output_width) for _ in range(2))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.repeat = MLP(REPEAT_FEATURES, 16, 1, 1) if config.repeats else None
+        self.propensity = MLP(llm.width, config.output_width, 1, 1)
+        levels = inputs.arrays["paths_ND"].shape[1]
+        self.digits = nn.ModuleList(MLP(llm.width, config.output_width, 1, config.branching) for _ in range(levels))
+        self.prefixes = nn.Embedding(self.behaviours.nodes.num_embeddings, llm.width)
+        nn.init.zeros_(self.prefixes.weight)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Everything that trains; only matrices decay."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 1.0},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    # the sequence
+
+    def tokens(self, batch: Batch, fused_UD: Tensor) -> Tensor:
+        """The embedded tokens (B, L, D), without a prefix. Source: GTS-LUM, timestamp processing."""
+        kind, how = batch["kind_BL"], self.config.timestamps
+        x = F.embedding(batch["place_BL"], fused_UD)
+        if how in ("full", "component"):
+            x = x + self.slots(batch["slot_BL"]) + self.gaps(batch["gap_BL"])
+        if self.groups is not None:
+            x = x + self.groups(batch["group_BL"].clamp(0, MAX_GROUPS - 1))
+        x = torch.where((kind == DESCRIPTOR)[..., None], self.descriptors(batch["descriptor_BL"]).to(x.dtype), x)
+        x = torch.where((kind == SEP)[..., None], self.tasks.weight[2].to(x.dtype), x)
+        return x.masked_fill((kind == 0)[..., None], 0.0)
+
+    def prefix(self, batch: Batch, rows: Tensor, task: int, target_D: Tensor | None) -> Tensor:
+        """(B', 3, D): the target or its absence, the task, the profile, for the samples `rows`."""
+        count = len(rows)
+        nothing = self.tasks.weight[3].expand(count, -1)
+        front = nothing if target_D is None else target_D + self.target
+        profile = self.profile(batch["profile_BP"][rows].to(self.profile.weight.dtype))
+        return torch.stack([front.to(profile.dtype), self.tasks.weight[task].expand(count, -1), profile], dim=1)
+
+    def read(self, batch: Batch, x_BLD: Tensor, rows: Tensor, task: int, target_D: Tensor | None = None) -> Tensor:
+        """States (B', 3 + L (+ 1), D) of the samples `rows`; `target_D` stands in front, or behind the last token."""
+        at_end = target_D is not None and self.config.target_position == "end"
+        x = torch.cat([self.prefix(batch, rows, task, None if at_end else target_D), x_BLD[rows]], dim=1)
+        if at_end and target_D is not None:
+            x = torch.cat([x, x.new_zeros(len(rows), 1, x.shape[2])], dim=1)
+            place = (PREFIX + batch["length_B"][rows])[:, None, None].expand(-1, 1, x.shape[2])
+            x = x.scatter(1, place, (target_D + self.target).to(x.dtype)[:, None])
+        return states(self.decoder, x)
+
+    def last(self, batch: Batch, rows: Tensor, states_BLD: Tensor, with_target: bool) -> Tensor:
+        """The state of the last token that is no pad (B', D)."""
+        behind = with_target and self.config.target_position == "end"
+        place = PREFIX + batch["length_B"][rows] - (0 if behind else 1)
+        return states_BLD[torch.arange(len(rows), device=place.device), place]
+
+    # what comes out
+
+    def user(self, state_RD: Tensor) -> Tensor:
+        """User embeddings (R, O) of length 1."""
+        return F.normalize(self.user_out(state_RD).float(), dim=-1)
+
+    def item(self, fused_UD: Tensor) -> Tensor:
+        """Item embeddings (U, O) of length 1, without the LLM."""
+        return F.normalize(self.item_out(fused_UD).float(), dim=-1)
+
+    def train(self, mode: bool = True) -> Gts:
+        """Switching to training forgets what `catalogue` keeps."""
+        self._catalogue = None if mode else getattr(self, "_catalogue", None)
+        return super().train(mode)
+
+    def catalogue(self, at_once: int = 4096) -> tuple[Tensor, Tensor]:
+        """b^F (N, D) and the embeddings (N, O) of all items, without gradients; computed once in evaluation mode."""
+        if self._catalogue is None or self.training:
+            place = self.log_scale.device
+            with torch.no_grad():
+                parts = torch.arange(self.inputs.count, device=place).split(at_once)
+                fused = torch.cat([self.behaviours(part) for part in parts])
+                self._catalogue = (fused, self.item(fused))
+        return self._catalogue
+
+    def scale(self) -> Tensor:
+        """The learned inverse temperature, within [1, 100]."""
+        return self.log_scale.float().clamp(0.0, math.log(100.0)).exp()
+
+    def repeated(self, seen_SF: Tensor) -> Tensor:
+        """What having had an item adds to its score (S,): `seen_SF` as `repeat_features` makes it."""
+        assert self.repeat is not None
+        return self.repeat(seen_SF).float()[..., 0]
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The sums (3,) of the terms over the batch: see TERMS."""
+        fused_UD = self.behaviours(batch["unique_U"])
+        x_BLD = self.tokens(batch, fused_UD)
+        zero = x_BLD.float().sum() * 0.0 + self.propensity.out.weight.sum() * 0.0  # type: ignore[union-attr,operator]
+        retrieve, generate, asked = zero, zero, zero
+        if len(batch["query_sample_R"]):
+            retrieve, generate = self._retrieve(batch, fused_UD, x_BLD)
+        if len(batch["asked_sample_P"]):
+            asked = F.cross_entropy(self.ask(batch, fused_UD, x_BLD), batch["asked_PK"].new_zeros(
+                len(batch["asked_PK"])), reduction="sum")  # fmt: skip
+        return torch.stack([retrieve + zero, asked + zero, generate + zero])
+
+    def _retrieve(self, batch: Batch, fused_UD: Tensor, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        rows, index = torch.unique(batch["query_sample_R"], return_inverse=True)
+        literal = fused_UD[batch["literal_B"][rows]] if self.config.reading == "literal" else None
+        found = self.read(batch, x_BLD, rows, 0, literal)
+        if literal is not None and self.config.target_position == "end":
+            state_RD = self.last(batch, rows, found, True)[index]
+        else:
+            state_RD = found[index, PREFIX + batch["query_token_R"]]
+        users_RO, items_UO = self.user(state_RD), self.item(fused_UD)
+        log_q_U, candidate_C = batch["log_q_U"], batch["candidate_C"]
+        positive_R = batch["positive_R"]
+        own = (users_RO * items_UO[positive_R]).sum(-1, keepdim=True) * self.scale() - log_q_U[positive_R][:, None]
+        others = self.scale() * users_RO @ items_UO[candidate_C].T - log_q_U[candidate_C]
+        logits = torch.cat([own, others], dim=1)
+        if self.repeat is not None and len(batch["seen_query_S"]):
+            at = (batch["seen_query_S"], batch["seen_column_S"])
+            logits = logits.index_put(at, self.repeated(batch["seen_SF"]), accumulate=True)
+        logits = logits.index_put((batch["masked_query_X"], batch["masked_column_X"]), logits.new_tensor(-1e9))
+        retrieve = F.cross_entropy(logits, torch.zeros_like(positive_R), reduction="sum")
+        if not self.config.generation:
+            return retrieve, retrieve * 0.0
+        levels = self.generate(state_RD, batch["unique_U"][positive_R])
+        paths = self.behaviours.constants["digits_NL"][batch["unique_U"][positive_R]]
+        parts = [F.cross_entropy(level, paths[:, i], reduction="sum") for i, level in enumerate(levels)]
+        return retrieve, torch.stack(parts).mean()
+
+    def ask(self, batch: Batch, fused_UD: Tensor, x_BLD: Tensor) -> Tensor:
+        """Reading P: the logit (P, K) that each candidate in front of the sample's history follows it."""
+        count, width = batch["asked_PK"].shape
+        rows = batch["asked_sample_P"].repeat_interleave(width)
+        found = self.read(batch, x_BLD, rows, 1, fused_UD[batch["asked_PK"].flatten()])
+        logits = self.propensity(self.last(batch, rows, found, True)).float().view(count, width)
+        if self.repeat is None:
+            return logits
+        return logits + self.repeated(batch["asked_seen_PKF"]) * batch["asked_known_PK"]
+
+    def generate(self, state_RD: Tensor, items_R: Tensor) -> list[Tensor]:
+        """Logits (R, branching) of each level of the semantic ID, given the digits of the levels before.
+
+        The path so far enters through an embedding of its node. Source: GTS-LUM, autoregressive head.
+        """
+        nodes_RL = self.behaviours.constants["nodes_NL"][items_R]
+        hidden = state_RD
+        logits = []
+        for level, head in enumerate(self.digits):
+            if level:
+                hidden = hidden + self.prefixes(nodes_RL[:, level - 1]).to(hidden.dtype)
+            logits.append(head(hidden).float())
+        return logits
+
+
+def _table(count: int, width: int, std: float) -> nn.Embedding:
+    table = nn.Embedding(count, width)
+    nn.init.normal_(table.weight, std=std)
+    return table

@@ -1,0 +1,294 @@
+"""GTS-LUM's Phase II as the training loop sees it: collate, loss, predict, trainable.
+
+The negatives are a function of (seed, step) alone, the same on all ranks and in all micro-batches of a step; the
+reading of a sample, and the one target of a basket that is its positive, of (seed, user, cut). So a step is the same
+whatever the number of workers.
+
+Legend: B samples, L tokens, U unique items, N catalogue, R queries, C candidates, P samples read as P, K candidates in
+front, S seen pairs, X masked pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lum_ray.data.rows import Rows, Samples, mix, share
+from lum_ray.gts.collate import dense_targets, next_items, seen_items, token_arrays
+from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
+from lum_ray.gts.llm import Llm
+from lum_ray.gts.model import REPEAT_FEATURES, TERMS, Gts
+from lum_ray.gts.profiles import profile_rows
+from lum_ray.gts.queries import POSITIVE_SALT, Queries, end_tokens, unique_places
+from lum_ray.stage import Arrays, Batch
+
+Int64 = npt.NDArray[np.int64]
+READING_SALT, CANDIDATE_SALT, NEGATIVE_SALT = 7, 13, 17
+
+
+class GtsStage:
+    """`until_day`: no target at or after it is used."""
+
+    def __init__(
+        self,
+        config: GtsConfig,
+        inputs: GtsInputs,
+        until_day: int,
+        seed: int = 0,
+        module: Gts | None = None,
+        llm: Llm | None = None,
+    ) -> None:
+        self.config, self.inputs, self.until_day, self.seed = config, inputs, until_day, seed
+        self.module: Gts = module if module is not None else Gts(config, inputs, llm)
+        self.terms = TERMS
+        self.weight_N = np.exp(inputs.arrays["log_q_N"].astype(np.float64))
+
+    # what a batch holds
+
+    def collate(self, rows: Rows, samples: Samples) -> Arrays:
+        """The batch of `samples` for training; see `lum_ray.gts.model` for its arrays."""
+        batch = self.sequences(rows, samples)
+        config = self.config
+        users = rows.user_hash[samples.row]
+        asks = np.zeros(len(samples), np.bool_)
+        if config.reads_targets:
+            asks = share(mix(self.seed, READING_SALT, users, samples.cut, samples.draw)) < config.propensity_share
+        target_row, target_item = next_items(rows, samples, self.inputs.index_of, self.until_day)
+        last = batch["last_group_B"]
+        rows_T, groups_T, items_T = target_row, last[target_row], target_item
+        if config.dense and config.reading == "honest":
+            more = dense_targets(rows, samples, self.inputs.index_of, config.slot_minutes, batch)
+            rows_T, groups_T, items_T = (
+                np.concatenate([one, two]) for one, two in zip((rows_T, groups_T, items_T), more, strict=True)
+            )
+        reads = ~asks[rows_T]
+        queries = Queries.of(rows_T[reads], groups_T[reads], items_T[reads], self.seed, users, samples)
+        candidate_items = self.negatives(samples.step)
+        asked = self._asked(rows, samples, batch, np.flatnonzero(asks), target_row, target_item)
+        literal = None
+        if config.reading == "literal":
+            literal = np.full(len(samples), -1, np.int64)
+            literal[queries.sample] = queries.positive
+        extra = [candidate_items, queries.positive, asked["asked_items_PK"].ravel()]
+        unique_U, places = unique_places([batch["item_BL"], *extra, *([literal] if literal is not None else [])])
+        batch["place_BL"] = np.where(batch["item_BL"] >= 0, places(batch.pop("item_BL")), 0)
+        chance_U = -np.expm1(config.negatives * np.log1p(-self.weight_N[unique_U]))  # of being among the negatives
+        seen = self._seen(rows, samples, batch, queries, candidate_items)
+        count = len(queries.sample)
+        counts = [count, len(asked["asked_sample_P"]), count if config.generation else 0]
+        if literal is not None:
+            batch["literal_B"] = places(literal)
+        return {
+            **batch,
+            "unique_U": unique_U,
+            "query_sample_R": queries.sample,
+            "query_token_R": end_tokens(batch["group_BL"], queries),
+            "positive_R": places(queries.positive),
+            "candidate_C": places(candidate_items),
+            "log_q_U": np.log(np.maximum(chance_U, 1e-12)).astype(np.float32),
+            **queries.masked(candidate_items),
+            **seen,
+            "asked_sample_P": asked["asked_sample_P"],
+            "asked_PK": places(asked["asked_items_PK"]),
+            "asked_seen_PKF": asked["asked_seen_PKF"],
+            "asked_known_PK": asked["asked_known_PK"],
+            "counts_K": np.array(counts, np.float64),
+            "tokens": np.array(int(batch["length_B"].sum() + PREFIX * len(samples)), np.int64),
+            "user": rows.user[samples.row],
+        }
+
+    def sequences(self, rows: Rows, samples: Samples) -> Arrays:
+        """The histories of `samples` as tokens, no longer than the longest of them, and the users' table rows."""
+        config = self.config
+        found = token_arrays(
+            rows, samples, self.inputs.index_of, self.inputs.arrays["holidays"], config.slot_minutes,
+            config.max_tokens - PREFIX, layout="none" if config.timestamps in ("none", "component", "position")
+            else "full",
+        )  # fmt: skip
+        length = max(int(found["length_B"].max(initial=0)), 1)
+        batch = {name: value[:, :length] if name.endswith("_BL") else value for name, value in found.items()}
+        batch["last_group_B"] = batch["group_BL"].max(axis=1, initial=-1)
+        batch["profile_BP"] = profile_rows(self.inputs, rows, samples.row)
+        return batch
+
+    def negatives(self, step: int) -> Int64:
+        """Catalogue items drawn for a step, by their share of the training events, each once, ascending (C,)."""
+        uniform = share(mix(self.seed, NEGATIVE_SALT, step, np.arange(self.config.negatives)))
+        drawn = np.searchsorted(np.cumsum(self.weight_N), uniform * self.weight_N.sum())
+        return np.unique(np.minimum(drawn, self.inputs.count - 1)).astype(np.int64)
+
+    def _seen(self, rows: Rows, samples: Samples, batch: Arrays, queries: Queries, candidate_items: Int64) -> Arrays:
+        """What each query's user had before, of its positive (column 0) and of the candidates (1 + c)."""
+        nothing = {
+            "seen_query_S": np.zeros(0, np.int64),
+            "seen_column_S": np.zeros(0, np.int64),
+            "seen_SF": np.zeros((0, REPEAT_FEATURES), np.float32),
+        }
+        if not self.config.repeats or not len(queries.sample):
+            return nothing
+        groups = "all" if self.config.dense else "last"
+        found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, groups)
+        query = queries.find(found["query_sample_S"], found["query_group_S"])
+        item = found["item_S"]
+        features = repeat_features(found["count_S"], found["since_S"], found["instants_S"])
+        asked = query >= 0
+        own = asked & (item == queries.positive[np.maximum(query, 0)])
+        column = np.searchsorted(candidate_items, item)
+        among = asked & (candidate_items[np.minimum(column, len(candidate_items) - 1)] == item)
+        return {
+            "seen_query_S": np.concatenate([query[own], query[among]]),
+            "seen_column_S": np.concatenate([np.zeros(int(own.sum()), np.int64), 1 + column[among]]),
+            "seen_SF": np.concatenate([features[own], features[among]]),
+        }
+
+    def _asked(
+        self, rows: Rows, samples: Samples, batch: Arrays, asking: Int64, target_row: Int64, target_item: Int64
+    ) -> Arrays:
+        """For each sample that is read as P: one of its targets, and K - 1 others that are none of them.
+
+        Half of the others are items that the user had, where there are some: these are what retrieval hands over.
+        """
+        users, width = rows.user_hash[samples.row], self.config.candidates
+        found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, "last")
+        picked: list[Int64] = []
+        kept: list[int] = []
+        for sample in asking.tolist():
+            truth = target_item[target_row == sample]
+            if not len(truth):
+                continue
+            keys = (self.seed, POSITIVE_SALT, users[sample], samples.cut[sample], samples.draw[sample])
+            own = found["item_S"][found["query_sample_S"] == sample]
+            own = np.setdiff1d(own, truth)
+            draw = share(mix(self.seed, CANDIDATE_SALT, users[sample], samples.cut[sample], np.arange(8 * width)))
+            others = np.searchsorted(np.cumsum(self.weight_N), draw * self.weight_N.sum())
+            others = others[~np.isin(others, truth)]
+            mine = own[(draw[: (width - 1) // 2] * len(own)).astype(np.int64)] if len(own) else own
+            rest = np.unique(np.concatenate([mine, others]), return_index=True)[1]
+            chosen = np.concatenate([mine, others])[np.sort(rest)][: width - 1]
+            if len(chosen) < width - 1:
+                continue  # a catalogue without enough other items
+            positive = truth[int(mix(*keys) % np.uint64(len(truth)))]
+            picked.append(np.concatenate([[positive], chosen]))
+            kept.append(sample)
+        items = np.array(picked, np.int64).reshape(-1, width)
+        features, known = pair_features(found, np.array(kept, np.int64), items, self.inputs.count)
+        return {
+            "asked_sample_P": np.array(kept, np.int64),
+            "asked_items_PK": items,
+            "asked_seen_PKF": features,
+            "asked_known_PK": known,
+        }
+
+    # the loop's view
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sums, counts) of retrieval, propensity and generation."""
+        return self.module.losses(batch), batch["counts_K"]
+
+    def trainable(self) -> list[dict[str, Any]]:
+        """The model's parameter groups; what is frozen is in none."""
+        return self.module.parameter_groups()
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Arrays:
+        """Reading R: the `retrieve` best items of each sample of a batch of `queries`, as `sample`, `rank` (from 1),
+        `item` (catalogue index) int64 and `score` float32."""
+        scores_BN = self.scores(batch)
+        top = min(self.config.retrieve, scores_BN.shape[1])
+        score, item = torch.topk(scores_BN, top, dim=1)
+        count = scores_BN.shape[0]
+        return {
+            "sample": np.repeat(np.arange(count), top),
+            "rank": np.tile(np.arange(1, top + 1), count),
+            "item": item.cpu().numpy().ravel(),
+            "score": score.float().cpu().numpy().ravel(),
+        }
+
+    def questions(self, rows: Rows, samples: Samples) -> Arrays:
+        """The batch that `scores` and `rerank` read: histories, and what each user had before. No target is in it."""
+        batch = self.sequences(rows, samples)
+        found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, "last")
+        unique_U, places = unique_places([batch["item_BL"]])
+        item = batch.pop("item_BL")
+        return {
+            **batch,
+            "unique_U": unique_U,
+            "place_BL": np.where(item >= 0, places(item), 0),
+            "had_sample_S": found["query_sample_S"],
+            "had_item_S": found["item_S"],
+            "had_SF": repeat_features(found["count_S"], found["since_S"], found["instants_S"]),
+        }
+
+    def scores(self, batch: Batch, literal: torch.Tensor | None = None) -> torch.Tensor:
+        """Reading R: scores (B, N) of the whole catalogue. `literal` (B,) items in front: LEAKS, see config."""
+        module = self.module
+        users_BO = module.user(self.user_states(batch, literal))
+        scores_BN = module.scale() * users_BO @ module.catalogue()[1].T
+        if module.repeat is not None and len(batch["had_sample_S"]):
+            at = (batch["had_sample_S"], batch["had_item_S"])
+            scores_BN = scores_BN.index_put(at, module.repeated(batch["had_SF"]), accumulate=True)
+        return scores_BN
+
+    def user_states(self, batch: Batch, literal: torch.Tensor | None = None) -> torch.Tensor:
+        """The last state of each history under reading R (B, D)."""
+        module = self.module
+        fused_ND = module.catalogue()[0]
+        x_BLD = module.tokens(batch, fused_ND[batch["unique_U"]])
+        rows = torch.arange(len(x_BLD), device=x_BLD.device)
+        target = None if literal is None else fused_ND[literal]
+        return module.last(batch, rows, module.read(batch, x_BLD, rows, 0, target), literal is not None)
+
+    @torch.no_grad()
+    def propensities(self, batch: Batch, items_BK: torch.Tensor, at_once: int = 256) -> torch.Tensor:
+        """Reading P: the logit (B, K) of each catalogue item in front of its sample's history."""
+        module = self.module
+        fused_ND = module.catalogue()[0]
+        x_BLD = module.tokens(batch, fused_ND[batch["unique_U"]])
+        count, width = items_BK.shape
+        rows = torch.arange(count, device=items_BK.device).repeat_interleave(width)
+        flat = items_BK.flatten()
+        parts = []
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
+            found = module.read(batch, x_BLD, some, 1, fused_ND[flat[start : start + at_once]])
+            parts.append(module.propensity(module.last(batch, some, found, True)).float()[:, 0])
+        logits = torch.cat(parts).view(count, width)
+        if module.repeat is None:
+            return logits
+        had = {name: batch[f"had_{name}"].cpu().numpy() for name in ("sample_S", "item_S", "SF")}
+        pairs = {"query_sample_S": had["sample_S"], "item_S": had["item_S"], "features": had["SF"]}
+        features, known = pair_features(pairs, np.arange(count), items_BK.cpu().numpy(), self.inputs.count)
+        place = logits.device
+        return logits + module.repeated(torch.from_numpy(features).to(place)) * torch.from_numpy(known).to(place)
+
+
+def repeat_features(count: Int64, since: Int64, instants: Int64) -> npt.NDArray[np.float32]:
+    """(S, 3): log of how often, log of how many moments ago, log of the share of moments."""
+    share_of = np.log(count / np.maximum(instants, 1))
+    return np.stack([np.log1p(count), np.log(np.maximum(since, 1)), share_of], axis=1).astype(np.float32)
+
+
+def pair_features(
+    found: dict[str, npt.NDArray[Any]], sample_P: Int64, items_PK: Int64, count: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The repeat features (P, K, F) of (sample, item) pairs, and whether the user had the item (P, K) as 0 or 1."""
+    keys = found["query_sample_S"].astype(np.int64) * count + found["item_S"]
+    features = (
+        found["features"]
+        if "features" in found
+        else repeat_features(found["count_S"], found["since_S"], found["instants_S"])
+    )
+    order = np.argsort(keys, kind="stable")
+    wanted = (sample_P[:, None] * count + items_PK).ravel()
+    place = np.minimum(np.searchsorted(keys[order], wanted), max(len(order) - 1, 0))
+    if not len(order):
+        return np.zeros((*items_PK.shape, REPEAT_FEATURES), np.float32), np.zeros(items_PK.shape, np.float32)
+    known = keys[order][place] == wanted
+    values = np.where(known[:, None], features[order][place], 0.0)
+    return (
+        values.reshape(*items_PK.shape, REPEAT_FEATURES).astype(np.float32),
+        known.reshape(items_PK.shape).astype(np.float32),
+    )
