@@ -15,21 +15,10 @@ from pyarrow import fs
 
 from lum_ray.artifacts import UserError
 from lum_ray.data.adapters import ADAPTERS, VERSIONS, next_item, write_source
-from lum_ray.data.adapters.next_item import (
-    COMPANIONS,
-    DAY_US,
-    FAVOURITE,
-    FAVOURITES,
-    MAIN,
-    PARTS,
-    PER_TOPIC,
-    START_DAY,
-    SUCCESSOR,
-    Options,
-    world_of,
-)
+from lum_ray.data.adapters.next_item import DAY_US, FAVOURITE, MAIN, PARTS, START_DAY, SUCCESSOR, Options, world_of
 from lum_ray.data.adapters.next_item_oracle import oracle_scores, part_shares
 
+COMPANIONS = next_item.COMPANIONS
 LOCAL = fs.LocalFileSystem()
 OPTIONS = {"users": 2000, "days": 84, "items": 200, "seed": 3, "shards": 2}
 Array = npt.NDArray[np.float64]
@@ -226,7 +215,7 @@ def dependence(data: Written) -> dict[str, float]:
     world = world_of(data.options)
     last, part, following = data.pairs()
     last, part, following = last[following >= 0], part[following >= 0], following[following >= 0]
-    topic = np.arange(data.options.items) // world.members // PER_TOPIC
+    topic = np.arange(data.options.items) // world.members // next_item.PER_TOPIC
     topic_share = np.bincount(topic, world.popularity)
     morning = np.bincount(topic[following[part == 0]], minlength=len(topic_share))
     spread = morning.sum() * topic_share
@@ -297,7 +286,7 @@ def test_inferred_favourites_by_brute_force() -> None:
     first = oracle_scores(options, *history)[0, world.catalogue]
     second = oracle_scores(options, *history, favourites="planted")[0, world.catalogue]
     mine = np.bincount(next_item.planted_favourites(options, np.array([1]))[0], minlength=120)
-    assert first - second == pytest.approx(FAVOURITE / FAVOURITES * (expected - mine), abs=1e-12)
+    assert first - second == pytest.approx(FAVOURITE / next_item.FAVOURITES * (expected - mine), abs=1e-12)
     # a long history stays a number: what came 3,000 times is all three favourites for certain
     weekly = START_DAY * DAY_US + 23_400_000_000 + 7 * DAY_US * np.arange(3000)
     long = oracle_scores(options, ["u00000001"], np.array([0, 3000]), np.full(3000, 9), weekly)
