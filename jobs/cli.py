@@ -83,8 +83,9 @@ def init(preset: Annotated[str, typer.Argument(help=", ".join(presets.PRESETS))]
 def validate(run: RunFile, root: Root = None, set_: Set = None) -> None:
     """Check a run file and the schema of its tables, without building anything but the raw tables of a source."""
     from lum_ray.data.context import check_calendar, check_profiles
+    from lum_ray.data.items import read_items, unknown_items
     from lum_ray.data.schema import check_events
-    from lum_ray.steps.prepare import raw_tables
+    from lum_ray.steps.prepare import raw_items, raw_tables
 
     loaded = load(run, root, set_)
     tables, _ = raw_tables(loaded, say)
@@ -94,20 +95,25 @@ def validate(run: RunFile, root: Root = None, set_: Set = None) -> None:
         say(f"profiles: {sum(file.rows for file in check_profiles(tables.profiles, loaded.data)):,} rows")
     if tables.calendar and loaded.data.calendar:
         say(f"calendar: {sum(file.rows for file in check_calendar(tables.calendar, loaded.data)):,} rows")
+    if loaded.model == "gts":
+        catalogue, rejects = read_items(raw_items(loaded, say)[0], loaded.data)
+        say(f"items: {len(catalogue):,}, {rejects.num_rows:,} rows left out or mended")
+        missing = unknown_items(files, loaded.data, catalogue)
+        say(f"events of items that the catalogue does not have: {missing.events:,} {', '.join(missing.items)}")
     done(tables.events)
 
 
 @app.command()
 def prepare(run: RunFile, root: Root = None, set_: Set = None) -> None:
-    """Turn the raw tables into timelines, a calendar and fitted statistics."""
-    from lum_ray.steps.prepare import describe
-    from lum_ray.steps.prepare import prepare as step
+    """Turn the raw tables into what the model reads: timelines and calendar, or sequences, items and their ID tree."""
+    from lum_ray.steps import describe
+    from lum_ray.steps import prepare as step
 
     loaded = load(run, root, set_)
     prepared = step(loaded, say)
     for name, value in describe(loaded, prepared).items():
         say(f"{name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')}: {value}")
-    done(prepared.timelines.uri)
+    done(prepared.uri)
 
 
 @app.command()
@@ -141,6 +147,8 @@ def evaluate(
     if seeds > 1 and not lightgbm:
         raise UserError(f"--seeds {seeds}: only --lightgbm trains several; add it, or leave --seeds out")
     loaded = load(run, root, set_)
+    if loaded.model != "lumos" and (lightgbm or by_cohort):
+        raise UserError(f"--lightgbm and --by-cohort are for runs of LUMOS, {loaded.name} is one of GTS-LUM")
     if by_cohort:
         print_cohorts(compare(loaded, by_cohort, say))
         done(by_cohort)
@@ -154,7 +162,7 @@ def evaluate(
         done(join(peers.uri, "report.html"))
         return
     found = step(loaded, say, max_users)
-    print_metrics(loaded, found.table)
+    (print_metrics if loaded.model == "lumos" else print_rankings)(loaded, found.table)
     done(join(found.uri, "report.html"))
 
 
@@ -260,6 +268,30 @@ def print_metrics(run: config.Run, table: Any) -> None:
         ]  # fmt: skip
         shown.add_row(task, metric.removeprefix("eval/"), *cells)
     console.print(shown)
+
+
+RANKINGS = ("recall_5", "recall_10", "recall_50", "recall_200", "ndcg_5", "ndcg_10", "mrr")
+
+
+def print_rankings(run: config.Run, table: Any) -> None:
+    """The headline metrics of every model and reading over all test baskets, on stderr; best first by recall at 10."""
+    rows = table.to_pylist()
+    found = {(row["model"], row["reading"], row["subset"], row["metric"].removeprefix("eval/")): row for row in rows}
+    who = sorted({key[:2] for key in found}, key=lambda key: -found[(*key, "all", "recall_10")]["value"])
+    extra = [("repeat", "recall_10"), ("explore", "recall_10")]
+    shown = Table("model", *RANKINGS, *(f"{subset} {metric}" for subset, metric in extra), box=None, header_style="bold")
+    for key in who:
+        cells = []
+        for subset, metric in [*(("all", metric) for metric in RANKINGS), *extra]:
+            row = found.get((*key, subset, metric))
+            interval = f" [dim]{row['low']:.3f}–{row['high']:.3f}[/]" if row and metric == "recall_10" else ""
+            cells.append("-" if row is None else f"{row['value']:.4f}{interval}")
+        name = f"{key[0]}: {key[1]}" if key[1] != "baseline" else key[0]
+        shown.add_row(f"[bold]{name}[/]" if key[0] == run.name else name, *cells)
+    console.print(shown)
+    ceiling = next((row["value"] for row in rows if row["metric"] == "eval/recall_ceiling_5" and row["subset"] == "all"), None)
+    if ceiling is not None:
+        say(f"ceiling of recall_5: {ceiling:.4f} (baskets have more than five items)")
 
 
 def print_cohorts(table: Any) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lum_ray import config
+from lum_ray.gts.config import GtsConfig
 from lum_ray.lumos.config import LumosConfig
 
-SECTIONS: dict[str, type] = {"lumos": LumosConfig}
+SECTIONS: dict[str, type] = {"lumos": LumosConfig, "gts": GtsConfig}
 
 
 def load_run(path: str, assignments: Sequence[str] = ()) -> config.Run:

@@ -18,7 +18,7 @@ import torch
 
 from lum_ray.data.rows import Rows, Samples, mix, share
 from lum_ray.gts.alignment import TASKS, Aligner
-from lum_ray.gts.behaviours import Behaviours
+from lum_ray.gts.behaviours import Behaviours, hidden_modalities
 from lum_ray.gts.collate import BEHAVIOUR, DESCRIPTOR, token_arrays
 from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.intervals import DESCRIPTORS, descriptor_text
@@ -68,12 +68,14 @@ class AlignStage:
         groups = {"behaviour": self._items(rows, samples), "window": self._windows(rows, samples)}
         batch: Arrays = {"tokens": np.array(0, np.int64), "user": rows.user[samples.row]}
         counts = []
+        modalities = len(self.module.behaviours.modalities)
         for level, (items, words) in groups.items():
             there = (items >= 0).any(axis=2)
             same = (words[:, :, None] == words[:, None]).all(axis=3)
             key = (self.seed, samples.step, rows.user_hash[samples.row][:, None], np.arange(items.shape[1]))
             batch |= {
                 f"{level}_items_BGK": items,
+                f"{level}_hidden_BGKM": hidden_modalities(items, modalities, self.seed, samples.step),
                 f"{level}_words_BGT": words,
                 f"{level}_there_BG": there,
                 f"{level}_same_BGG": same,
@@ -137,14 +139,14 @@ class AlignStage:
         item = np.where(start + np.arange(ITEM_WORDS) < kept, np.take_along_axis(item, place, axis=-1), PAD_WORD)
         time = np.where((opens_BGK & there)[..., None], self.descriptor_words[codes_BGK], PAD_WORD)
         words = np.concatenate([time, np.where(there[..., None], item, PAD_WORD)], axis=-1)
-        flat = words.reshape(*words.shape[:2], -1)
+        flat = words.reshape(*words.shape[:2], words.shape[2] * words.shape[3])
         flat = np.take_along_axis(flat, np.argsort(flat == PAD_WORD, axis=-1, kind="stable"), axis=-1)
         bos = np.where(there.any(axis=2)[..., None], BOS, PAD_WORD)
         return np.concatenate([bos, flat], axis=-1)[..., : 2 * self.config.text_tokens].astype(np.int64)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(sums, counts) of the run's tasks."""
-        nothing = self.module.log_scale * 0.0
+        nothing = self.module.log_scale.sum() * 0.0
         sums = [TASKS[name](self.module, batch) + nothing for name in self.terms]
         return torch.stack(sums), batch["counts_K"]
 

@@ -6,7 +6,8 @@ Source: GTS-LUM, Phase I; BLIP-2, section 3.2 (label smoothing .1, similarity = 
 from the contrastive softmax, a two-class head averaged over queries, causal text behind the queries).
 
 Arrays of a batch, for each of the two levels X = `behaviour`, `window` (B samples, G in a group, K behaviours in a
-window, T words): `X_items_BGK` (K is 1 for behaviours), `X_words_BGT` (0 pads; starts with BOS), `X_there_BG`,
+window, T words): `X_items_BGK` (K is 1 for behaviours),
+`X_hidden_BGKM` (modalities that the step hides), `X_words_BGT` (0 pads; starts with BOS), `X_there_BG`,
 `X_same_BGG` (pairs with the same text, no negatives of each other), `X_draw_BG` (uniform, picks the hard negative).
 
 Legend: R rows (B * G), Q queries, W width, O output width, V words.
@@ -44,7 +45,7 @@ class Aligner(nn.Module):
         for table in (self.words, self.order, self.place):
             nn.init.normal_(table.weight, std=0.3)
         self.query_out, self.text_out = (nn.Linear(width, config.output_width) for _ in range(2))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # DeepSpeed has no scalars
         self.matches = nn.Linear(width, 2)
         self.word_out = nn.Linear(width, len(inputs.vocabulary))
 
@@ -56,22 +57,22 @@ class Aligner(nn.Module):
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
 
-    def encode(self, items_RK: Tensor, words_RT: Tensor | None, sight: Sight) -> tuple[Tensor, Tensor | None]:
+    def encode(
+        self, items_RK: Tensor, hidden_RKM: Tensor, words_RT: Tensor, sight: Sight
+    ) -> tuple[Tensor, Tensor]:
         """(query outputs (R, Q, W), text outputs (R, T, W)) of rows of K behaviours (-1: none) with a text."""
         rows, window = items_RK.shape
         there_RK = items_RK >= 0
-        memory, known = self.behaviours.memory(items_RK.clamp(min=0).flatten())
-        ids = self.behaviours.ids(items_RK.clamp(min=0).flatten()).view(rows, window, -1)
-        memory = memory.view(rows, window, memory.shape[1], -1)
-        known = known.view(rows, window, -1) & there_RK[..., None]
+        memory, known = self.behaviours.memory(items_RK.clamp(min=0).flatten(), hidden_RKM.flatten(0, 1))
+        ids = self.behaviours.ids(items_RK.clamp(min=0).flatten()).unflatten(0, (rows, window))
+        memory = memory.unflatten(0, (rows, window))
+        known = known.unflatten(0, (rows, window)) & there_RK[..., None]
         if window > 1:
             memory, ids = memory + self.place.weight[:window, None], ids + self.place.weight[:window]
         ids = ids * there_RK[..., None]
         assert self.behaviours.qformer is not None
-        flat = memory.flatten(1, 2), known.flatten(1), ids
-        if words_RT is None:
-            return self.behaviours.qformer(*flat)  # type: ignore[no-any-return]
         text = self.words(words_RT) + self.order.weight[: words_RT.shape[1]]
+        flat = memory.flatten(1, 2), known.flatten(1), ids
         return self.behaviours.qformer(*flat, text, words_RT > 0, sight)  # type: ignore[no-any-return]
 
 
@@ -80,6 +81,7 @@ class Group:
     """One level of a batch, as rows: items (R, K), words (R, T), and what belongs to which group."""
 
     items: Tensor
+    hidden: Tensor  # (R, K, M)
     words: Tensor
     there: Tensor  # (B, G)
     same: Tensor  # (B, G, G)
@@ -87,10 +89,10 @@ class Group:
 
     @staticmethod
     def of(batch: Batch, level: str) -> Group:
-        items, words = batch[f"{level}_items_BGK"], batch[f"{level}_words_BGT"]
         return Group(
-            items.flatten(0, 1),
-            words.flatten(0, 1),
+            batch[f"{level}_items_BGK"].flatten(0, 1),
+            batch[f"{level}_hidden_BGKM"].flatten(0, 1),
+            batch[f"{level}_words_BGT"].flatten(0, 1),
             batch[f"{level}_there_BG"],
             batch[f"{level}_same_BGG"],
             batch[f"{level}_draw_BG"],
@@ -98,11 +100,10 @@ class Group:
 
     def similarity(self, aligner: Aligner) -> Tensor:
         """(B, G, G): the best of a row's queries against each text of its group, times the learned scale."""
-        queries, texts = aligner.encode(self.items, self.words, "apart")
-        assert texts is not None
+        queries, texts = aligner.encode(self.items, self.hidden, self.words, "apart")
         batch, size = self.there.shape
-        q = F.normalize(aligner.query_out(queries).float(), dim=-1).view(batch, size, queries.shape[1], -1)
-        t = F.normalize(aligner.text_out(texts[:, 0]).float(), dim=-1).view(batch, size, -1)
+        q = F.normalize(aligner.query_out(queries).float(), dim=-1).unflatten(0, (batch, size))
+        t = F.normalize(aligner.text_out(texts[:, 0]).float(), dim=-1).unflatten(0, (batch, size))
         scale = aligner.log_scale.float().clamp(0.0, math.log(100.0)).exp()
         return scale * torch.einsum("bgqo,bho->bghq", q, t).amax(dim=-1)
 
@@ -167,9 +168,11 @@ def _match(aligner: Aligner, group: Group) -> Tensor:
     other_item = hard_negatives(similarity.transpose(1, 2), group.there, group.same, group.draw)
     own = torch.arange(size, device=similarity.device)
     usable = [(other != own).flatten() & group.there.flatten() for other in (other_text, other_item)]
-    items = torch.cat([group.items, group.items, group.items[(start + other_item).flatten()]])
+    swapped = (start + other_item).flatten()
+    items = torch.cat([group.items, group.items, group.items[swapped]])
+    hidden = torch.cat([group.hidden, group.hidden, group.hidden[swapped]])
     words = torch.cat([group.words, group.words[(start + other_text).flatten()], group.words])
-    queries, _ = aligner.encode(items, words, "both")
+    queries, _ = aligner.encode(items, hidden, words, "both")
     logits = aligner.matches(queries).mean(dim=1)
     true = torch.arange(len(items), device=logits.device) < len(group.items)
     weight = torch.cat([group.there.flatten(), *usable]).float() / 3
@@ -177,7 +180,7 @@ def _match(aligner: Aligner, group: Group) -> Tensor:
 
 
 def _generate(aligner: Aligner, group: Group) -> Tensor:
-    _, texts = aligner.encode(group.items, group.words, "causal")
+    _, texts = aligner.encode(group.items, group.hidden, group.words, "causal")
     return generation(aligner.word_out(texts), group.words, group.there.flatten())
 
 

@@ -13,10 +13,12 @@ Legend: I items, M modalities, Q queries, E modality width, W width of the Q-For
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lum_ray.data.rows import mix, share
 from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.qformer import QFormer
 from lum_ray.nn import MLP, Constants
@@ -67,24 +69,24 @@ class Behaviours(nn.Module):
         with torch.no_grad():
             self.norm.weight.mul_(rms)  # as large as the words that the LLM knows
 
-    def memory(self, items_I: Tensor) -> tuple[Tensor, Tensor]:
-        """The modality vectors (I, M, W) and which of them are known (I, M) bool, some hidden at random in training."""
+    def memory(self, items_I: Tensor, hidden_IM: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The modality vectors (I, M, W) and which of them can be seen (I, M) bool: known, and not hidden."""
         vectors = [self.into[name](F.embedding(items_I, self.constants[name])) for name in self.modalities]
-        known_IM = self.constants["known_NM"][items_I]
-        if self.training and len(self.modalities) > 1:
-            known_IM = known_IM & (torch.rand(known_IM.shape, device=known_IM.device) > HIDE)
-        return torch.stack(vectors, dim=1) + self.kind_MW, known_IM
+        seen_IM = self.constants["known_NM"][items_I]
+        if hidden_IM is not None:
+            seen_IM = seen_IM & ~hidden_IM
+        return torch.stack(vectors, dim=1) + self.kind_MW, seen_IM
 
     def ids(self, items_I: Tensor) -> Tensor:
         """The embedding of the semantic ID (I, W): the sum over its nodes and its collision digit."""
         on_path: Tensor = self.nodes(self.constants["nodes_NL"][items_I]).sum(dim=1)
         return on_path + self.collisions(self.constants["collision_N"][items_I])  # type: ignore[no-any-return]
 
-    def forward(self, items_I: Tensor) -> Tensor:
-        """b^F (I, D) of catalogue items."""
+    def forward(self, items_I: Tensor, hidden_IM: Tensor | None = None) -> Tensor:
+        """b^F (I, D) of catalogue items; `hidden_IM`: modalities that training hides."""
         if self.config.fusion == "text":
             return self.norm(self.project(F.embedding(items_I, self.constants["text"])))  # type: ignore[no-any-return]
-        memory_IMW, known_IM = self.memory(items_I)
+        memory_IMW, known_IM = self.memory(items_I, hidden_IM)
         ids_IW = self.ids(items_I)
         if self.qformer is not None:
             queries_IQW, _ = self.qformer(memory_IMW, known_IM, ids_IW[:, None])
@@ -97,6 +99,14 @@ class Behaviours(nn.Module):
 COLUMNS = {"text": "text_NE", "graph": "graph_NG", "table": "table_NH"}
 HIDE = 0.1
 """Share of modality vectors that training hides."""
+HIDE_SALT = 19
+
+
+def hidden_modalities(items: npt.NDArray[np.int64], modalities: int, seed: int, step: int) -> npt.NDArray[np.bool_]:
+    """(..., M): which modality vectors of items (...) a step hides, the same wherever in it an item comes up."""
+    if modalities < 2:
+        return np.zeros((*items.shape, modalities), np.bool_)
+    return share(mix(seed, HIDE_SALT, step, items[..., None], np.arange(modalities))) < HIDE
 
 
 def _scaled(values_NE: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]

@@ -6,7 +6,8 @@ history, and a scalar head says how likely it follows; K candidates cost K passe
 prefix: see `GtsConfig.reading` for the literal reading, which leaks.
 
 The arrays of a batch (`GtsStage.collate` makes them):
-- `unique_U` catalogue indices of all items of the batch; `place_*` below index it.
+- `unique_U` catalogue indices of all items of the batch, `hidden_UM` which of their modalities this step hides;
+  `place_*` below index them.
 - `kind_BL`, `place_BL`, `descriptor_BL`, `slot_BL`, `gap_BL`, `group_BL`: the tokens, left-aligned; `length_B`.
 - `profile_BP`: the row of the user's table, encoded.
 - R: `query_sample_R`, `query_token_R` (position of the token that ends the history, -1: there is none), `positive_R`,
@@ -15,7 +16,7 @@ The arrays of a batch (`GtsStage.collate` makes them):
 - P: `asked_sample_P`, `asked_PK` (places, the true one first), `asked_seen_PKF`, `asked_known_PK`.
 
 Legend: B samples, L tokens, D width of the LLM, O output width, U unique items, R queries of reading R, C candidates,
-P samples of reading P, K candidates in front, F repeat features, S triplets.
+P samples of reading P, K candidates in front, F repeat features, S triplets, M modalities.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Gts(nn.Module):
         self.target = nn.Parameter(torch.randn(llm.width) * small)
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
         self.user_out, self.item_out = (nn.Linear(llm.width, config.output_width) for _ in range(2))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # DeepSpeed has no scalars
         self.repeat = MLP(REPEAT_FEATURES, 16, 1, 1) if config.repeats else None
         self.propensity = MLP(llm.width, config.output_width, 1, 1)
         levels = inputs.arrays["paths_ND"].shape[1]
@@ -150,7 +151,7 @@ class Gts(nn.Module):
 
     def losses(self, batch: Batch) -> Tensor:
         """The sums (3,) of the terms over the batch: see TERMS."""
-        fused_UD = self.behaviours(batch["unique_U"])
+        fused_UD = self.behaviours(batch["unique_U"], batch["hidden_UM"])
         x_BLD = self.tokens(batch, fused_UD)
         zero = x_BLD.float().sum() * 0.0 + self.propensity.out.weight.sum() * 0.0  # type: ignore[union-attr,operator]
         retrieve, generate, asked = zero, zero, zero
@@ -191,11 +192,18 @@ class Gts(nn.Module):
         """Reading P: the logit (P, K) that each candidate in front of the sample's history follows it."""
         count, width = batch["asked_PK"].shape
         rows = batch["asked_sample_P"].repeat_interleave(width)
-        found = self.read(batch, x_BLD, rows, 1, fused_UD[batch["asked_PK"].flatten()])
-        logits = self.propensity(self.last(batch, rows, found, True)).float().view(count, width)
+        candidates = fused_UD[batch["asked_PK"].flatten()]
+        found = self.read(batch, x_BLD, rows, 1, candidates)
+        logits = self.follows(self.last(batch, rows, found, True), candidates).view(count, width)
         if self.repeat is None:
             return logits
         return logits + self.repeated(batch["asked_seen_PKF"]) * batch["asked_known_PK"]
+
+    def follows(self, state_XD: Tensor, candidate_XD: Tensor) -> Tensor:
+        """The logit (X,) of a candidate in front (its b^F) from the last state: a scalar head, and the match of that
+        state with the candidate's embedding, as in reading R, so that P starts from what R knows."""
+        match = (self.user(state_XD) * self.item(candidate_XD)).sum(-1) * self.scale()
+        return self.propensity(state_XD).float()[..., 0] + match  # type: ignore[no-any-return]
 
     def generate(self, state_RD: Tensor, items_R: Tensor) -> list[Tensor]:
         """Logits (R, branching) of each level of the semantic ID, given the digits of the levels before.

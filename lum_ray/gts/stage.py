@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lum_ray.data.rows import Rows, Samples, mix, share
+from lum_ray.gts.behaviours import hidden_modalities
 from lum_ray.gts.collate import dense_targets, next_items, seen_items, token_arrays
 from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
 from lum_ray.gts.llm import Llm
@@ -84,6 +85,7 @@ class GtsStage:
         return {
             **batch,
             "unique_U": unique_U,
+            "hidden_UM": hidden_modalities(unique_U, len(self.module.behaviours.modalities), self.seed, samples.step),
             "query_sample_R": queries.sample,
             "query_token_R": end_tokens(batch["group_BL"], queries),
             "positive_R": places(queries.positive),
@@ -253,8 +255,9 @@ class GtsStage:
         parts = []
         for start in range(0, len(rows), at_once):
             some = rows[start : start + at_once]
-            found = module.read(batch, x_BLD, some, 1, fused_ND[flat[start : start + at_once]])
-            parts.append(module.propensity(module.last(batch, some, found, True)).float()[:, 0])
+            candidates = fused_ND[flat[start : start + at_once]]
+            found = module.read(batch, x_BLD, some, 1, candidates)
+            parts.append(module.follows(module.last(batch, some, found, True), candidates))
         logits = torch.cat(parts).view(count, width)
         if module.repeat is None:
             return logits

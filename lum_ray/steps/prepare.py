@@ -55,6 +55,11 @@ class Prepared:
     event_columns: dict[str, str]
 
     @property
+    def uri(self) -> str:
+        """That of the timelines."""
+        return self.timelines.uri
+
+    @property
     def inputs(self) -> Inputs:
         return Inputs.from_json(read_bytes(join(self.fitted.uri, "inputs.json")).decode())
 
@@ -85,13 +90,7 @@ def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
         if data.profiles and own[1] is None:
             raise UserError("data.profiles.path: missing; give the folder of the profiles, or remove `data.profiles`")
     else:
-        name = digest("raw", VERSIONS[source.adapter], source, fingerprint(source.path) if source.path else None)
-        uri = join(run.root, "raw", f"{source.adapter}-{name}")
-        if find(uri) is None:
-            log(f"writing raw tables of {source.adapter}")
-            place = storage(uri)
-            write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
-            commit(uri, {"kind": "raw", "digest": name, "source": asdict(source)})
+        uri, name = _written(run, log)
         made = [join(uri, table) for table in ("events", "profiles", "calendar")]
         print_of = [given or ["source", name] for given in print_of]
     events, profiles, calendar = (given or default for given, default in zip(own, made, strict=True))
@@ -100,6 +99,31 @@ def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
     # a table that the run does not read shapes nothing, even where its source has it
     read = (True, data.profiles is not None, data.calendar is not None)
     return tables, Prints(*(one if wanted else None for one, wanted in zip(print_of, read, strict=True)))
+
+
+def _written(run: Run, log: Log) -> tuple[str, str]:
+    """Where the run's adapter has written its raw tables, and the digest of what shaped them."""
+    source = run.data.source
+    assert source is not None
+    name = digest("raw", VERSIONS[source.adapter], source, fingerprint(source.path) if source.path else None)
+    uri = join(run.root, "raw", f"{source.adapter}-{name}")
+    if find(uri) is None:
+        log(f"writing raw tables of {source.adapter}")
+        place = storage(uri)
+        write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
+        commit(uri, {"kind": "raw", "digest": name, "source": asdict(source)})
+    return uri, name
+
+
+def raw_items(run: Run, log: Log = silent) -> tuple[str, Any]:
+    """Where the items table is, and its fingerprint."""
+    assert run.data.items is not None
+    if run.data.items.path:
+        return run.data.items.path, fingerprint(run.data.items.path)
+    if run.data.source is None:
+        raise UserError("data.items.path: missing; give the folder of the items table, or a `data.source`")
+    uri, name = _written(run, log)
+    return join(uri, "items"), ["source", name]
 
 
 def prepare(run: Run, log: Log = silent) -> Prepared:
