@@ -108,21 +108,22 @@ def _last_groups(groups: _Runs, begin_B: Int64, end_B: Int64) -> Int64:
     return last
 
 
-def _gaps(events: _Events, groups: _Runs, slot_K: Int64, slot_minutes: int) -> Int64:
-    """The bucket of the time from the start of the slot of the user's group before to that of each group's own (G,).
+def _gaps(events: _Events, groups: _Runs, slot_K: Int64, slot_minutes: int, group: Int64) -> Int64:
+    """For each of `group` (...) the bucket of the time from the start of its user's group before to its own start.
 
-    Between slots it is the time that passed, whatever the clock did. Where one of the two is slot-less, only days are
-    known: whole days.
+    A group starts where its slot does, and the time is what really passed, whatever the clock did. Where one of the two
+    is slot-less, only days are known: whole days.
     """
-    first = groups.start[:-1]
-    day, slot = events.rows.days[first].astype(np.int64), slot_K[first]
-    start = day * DAY_MINUTES + slot * slot_minutes - events.rows.values[first, 2]
-    minutes = np.diff(start, prepend=0)
-    slotless = slot == SLOTLESS
-    vague = slotless | np.append(False, slotless[:-1])
-    minutes = np.where(vague, np.diff(day, prepend=0) * DAY_MINUTES, minutes)
+    own, before = groups.start[group], groups.start[np.maximum(group - 1, 0)]
+    day_own, day_before = (events.rows.days[event].astype(np.int64) for event in (own, before))
+    start_own, start_before = (
+        day * DAY_MINUTES + slot_K[event] * slot_minutes - events.rows.values[event, 2]
+        for day, event in ((day_own, own), (day_before, before))
+    )
+    vague = (slot_K[own] == SLOTLESS) | (slot_K[before] == SLOTLESS)
+    minutes = np.where(vague, (day_own - day_before) * DAY_MINUTES, start_own - start_before)
     # a traveller's clock can lie behind that of the group before
-    return gap_buckets(np.where(events.new_row_K[first], -1, np.maximum(minutes, 0)))
+    return gap_buckets(np.where(events.new_row_K[own], -1, np.maximum(minutes, 0)))
 
 
 def token_arrays(
@@ -173,15 +174,11 @@ def token_arrays(
     first = np.where(end > begin, np.maximum(groups.start[oldest], end - (max_tokens - extra)), end)
     # only a newest group that is too long can lose events, since older ones have room or are left out
 
-    group_slot = slot_K[groups.start[:-1]]
-    group_day = events.rows.days[groups.start[:-1]]
-    group_gap = _gaps(events, groups, slot_K, slot_minutes)
-    group_code = np.where(group_slot == SLOTLESS, slots_per_day(slot_minutes), group_slot)
-
     sample_K, event = expand(first, end)
     group_K = groups.of_K[event] - oldest[sample_K]
     place_K = event - first[sample_K] + group_K * extra + extra // 2
     sample_G, group = expand(oldest, last + 1)
+    slot_G, day_G = slot_K[groups.start[group]], events.rows.days[groups.start[group]]
     shape = (len(samples), max_tokens)
     kind, descriptor = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     item = np.full(shape, -1, np.int64)
@@ -194,13 +191,13 @@ def token_arrays(
         begin_G += extra * (group - oldest[sample_G])
         kind[sample_G, begin_G] = DESCRIPTOR
         kind[sample_G, begin_G + size - 1] = SEP
-        holiday = np.isin(group_day[group], holidays)
-        descriptor[sample_G, begin_G] = descriptor_ids(group_day[group], group_slot[group], slot_minutes, holiday)
+        holiday = np.isin(day_G, holidays)
+        descriptor[sample_G, begin_G] = descriptor_ids(day_G, slot_G, slot_minutes, holiday)
 
     slot, gap, number = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     used = np.arange(max_tokens) < length_B[:, None]  # in row order these are the groups' tokens, one after the other
-    slot[used] = np.repeat(group_code[group], size)
-    gap[used] = np.repeat(group_gap[group], size)
+    slot[used] = np.repeat(np.where(slot_G == SLOTLESS, slots_per_day(slot_minutes), slot_G), size)
+    gap[used] = np.repeat(_gaps(events, groups, slot_K, slot_minutes, group), size)
     number[used] = np.repeat(group - oldest[sample_G], size)
     visible = all_end - all_begin
     return {
@@ -270,6 +267,7 @@ def seen_items(
     slot_minutes: int,
     tokens: dict[str, Int64],
     groups: Literal["last", "all"],
+    only: Int64 | None = None,
 ) -> dict[str, Int64]:
     """Which items a user has had, how often and how long ago, at the end of the last kept group or of all kept groups.
 
@@ -280,7 +278,9 @@ def seen_items(
     - count_S: instants with the item; since_S: instants since it was last seen (1: in the last one);
     - instants_S: instants of the history.
 
-    `tokens`: what `token_arrays` gave for the same rows, samples and slots.
+    `tokens`: what `token_arrays` gave for the same rows, samples and slots. `only`: the items (M,) that are asked for;
+    without it "all" has as many entries as queries times items, which for long histories is most of a batch's memory.
+    Raises ValueError for other `groups`.
 
     Departs: the paper has no such features; attention over 240 tokens cannot count a whole history.
     """
@@ -295,8 +295,9 @@ def seen_items(
     # an occurrence is a (row, item, instant); sorted by these
     offsets = events.rows.offsets
     row_K = np.repeat(np.arange(len(rows), dtype=np.int64), np.diff(offsets))
-    order = np.lexsort((events.item_K, row_K))  # stable: within an item the events stay in time order
-    new_item = _changes(row_K[order]) | _changes(events.item_K[order])
+    key_K = row_K * (events.item_K.max(initial=0) + 1) + events.item_K
+    order = np.argsort(key_K, kind="stable")  # within an item the events stay in time order
+    new_item = _changes(key_K[order])
     occurs = new_item | _changes(instants.of_K[order])
     order, new_item = order[occurs], new_item[occurs]
     before = np.concatenate([[0], np.cumsum(occurs)]).astype(np.int64)
@@ -308,7 +309,10 @@ def seen_items(
     until[:-1] = np.where(new_item[1:], until[:-1], group[1:])
 
     sample, occurrence = expand(before[offsets[samples.row]], before[offsets[samples.row + 1]])
-    earliest = oldest if groups == "all" else np.maximum(last, oldest)
+    if only is not None:
+        wanted = np.isin(events.item_K[order], only)[occurrence]
+        sample, occurrence = sample[wanted], occurrence[wanted]
+    earliest = oldest if groups == "all" else last
     which, query = expand(
         np.maximum(group[occurrence], earliest[sample]), np.minimum(until[occurrence], (last + 1)[sample])
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -179,14 +180,18 @@ class GtsInputs:
 
     def index_of(self, hashes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The catalogue index of item hashes, -1 where unknown."""
+        ascending, order = self._by_hash
+        place = np.minimum(np.searchsorted(ascending, hashes), len(order) - 1)
+        return np.where(ascending[place] == hashes, order[place], -1).astype(np.int64)
+
+    @cached_property
+    def _by_hash(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         order = self.arrays["order_N"]
-        place = np.searchsorted(self.arrays["hash_N"][order], hashes)
-        found = order[np.minimum(place, len(order) - 1)]
-        return np.where(self.arrays["hash_N"][found] == hashes, found, -1).astype(np.int64)
+        return self.arrays["hash_N"][order], order
 
     def to_json(self) -> str:
         """All but the arrays."""
-        return json.dumps({name: value for name, value in vars(self).items() if name != "arrays"})
+        return json.dumps({item.name: getattr(self, item.name) for item in fields(self) if item.name != "arrays"})
 
     @staticmethod
     def from_parts(text: str, arrays: Mapping[str, npt.NDArray[Any]]) -> GtsInputs:

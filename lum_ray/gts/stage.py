@@ -131,8 +131,9 @@ class GtsStage:
         }
         if not self.config.repeats or not len(queries.sample):
             return nothing
+        wanted = np.union1d(candidate_items, queries.positive)
         groups = "all" if self.config.dense else "last"
-        found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, groups)
+        found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, groups, wanted)
         query = queries.find(found["query_sample_S"], found["query_group_S"])
         item = found["item_S"]
         features = repeat_features(found["count_S"], found["since_S"], found["instants_S"])

@@ -15,21 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lum_ray.data.rows import Rows, Samples, hash_strings, mix
-from lum_ray.gts.collate import (
-    BEHAVIOUR,
-    DESCRIPTOR,
-    PAD,
-    SEP,
-    dense_targets,
-    next_items,
-    seen_items,
-    token_arrays,
-)
+from lum_ray.gts.collate import BEHAVIOUR, DESCRIPTOR, PAD, SEP, dense_targets, next_items, seen_items, token_arrays
 from lum_ray.gts.intervals import NO_TIME, SLOTLESS, descriptor_ids, descriptor_text, gap_buckets
 
-NAMES = ["a", "b", "c", "d", "x", "y"]
+NAMES = ["a", "b", "c", "d", "again", "x", "y"]
 HASHES = [int(h) for h in hash_strings(NAMES).view(np.int64)]
-PLACE = {hashed: place for place, hashed in enumerate(HASHES[:4])}  # x and y are in no catalogue
+# two ids of one item, so that it can come twice in an instant; x and y are in no catalogue
+PLACE = {**{hashed: place for place, hashed in enumerate(HASHES[:4])}, HASHES[4]: 0}
 DAY_US, MINUTE_US = 86_400_000_000, 60_000_000
 
 
@@ -120,9 +112,7 @@ def gap_of(group: list[Event], earlier: list[Event] | None, slot_minutes: int) -
         return 0
     now, then = group[0], earlier[0]
     if now.timed and then.timed:
-        starts = [
-            event.day * 1440 + slot_of(event, slot_minutes) * slot_minutes - event.offset for event in (now, then)
-        ]
+        starts = [e.day * 1440 + slot_of(e, slot_minutes) * slot_minutes - e.offset for e in (now, then)]
         minutes = starts[0] - starts[1]
     else:
         minutes = (now.day - then.day) * 1440
@@ -260,6 +250,9 @@ def test_everything_equals_plain_loops(
             (number, *entry) for number, sample in enumerate(expected) for entry in plain_seen(sample, groups)
         ]
         assert all(array.dtype == np.int64 for array in seen.values())
+        some = seen_items(rows, samples, index_of, slot_minutes, tokens, groups, only=np.array([3, 1]))
+        asked = np.isin(seen["item_S"], [1, 3])
+        assert all(some[name].tolist() == array[asked].tolist() for name, array in seen.items())
 
 
 @settings(deadline=None, max_examples=100)
@@ -285,10 +278,7 @@ def read(tokens: dict[str, Any], sample: int = 0) -> list[str]:
     words = []
     for place in range(int(tokens["length_B"][sample])):
         kind, item, descriptor, slot = (int(tokens[name][sample, place]) for name in COLUMNS[:4])
-        words.append(
-            {DESCRIPTOR: lambda d=descriptor: descriptor_text(d), SEP: lambda: "|",
-             BEHAVIOUR: lambda i=item, s=slot: f"{NAMES[i]}{s}"}[kind]()
-        )  # fmt: skip
+        words.append({DESCRIPTOR: descriptor_text(descriptor), SEP: "|", BEHAVIOUR: f"{NAMES[item]}{slot}"}[kind])
     return words
 
 
@@ -320,6 +310,14 @@ def test_an_hour_that_is_repeated_stays_in_time_order() -> None:
     # in slots of an hour both passes are one group; of a day, all is
     assert read(tokens_of(events, "2024-11-04", 60)) == [night, "a1", "b1", "c1", "|", night, "d2", "|"]
     assert read(tokens_of(events, "2024-11-04", 1440)) == ["Sunday", "a0", "b0", "c0", "d0", "|"]
+
+
+def test_a_clock_that_goes_back_past_midnight_is_no_gap() -> None:
+    # days come first in the order: what is an hour later on the clock of the day before stands in front
+    midnight = day_of("2024-10-04") * 1440
+    tokens = tokens_of([timed(midnight + 90, -120, "b"), timed(midnight + 30, 0, "a")], "2024-10-05", 15)
+    assert read(tokens) == ["Thursday night", "b94", "|", "Friday night", "a2", "|"]
+    assert tokens["gap_BL"][0, [0, 3]].tolist() == [0, gap_buckets(np.array(0))]
 
 
 def test_leap_day_midnight_holiday_and_mixed_granularity() -> None:
