@@ -226,11 +226,22 @@ def serve(run: RunFile, root: Root = None, set_: Set = None, checkpoint: Checkpo
 
 
 @app.command()
-def demo(root: Annotated[str, typer.Option("--root")] = "runs", set_: Set = None) -> None:
-    """The whole path on a year of real household shopping: prepare, train, evaluate, and two requests over HTTP."""
-    from jobs.demo import run_demo
+def demo(
+    root: Annotated[str, typer.Option("--root")] = "runs",
+    only: Annotated[str | None, typer.Option(help="one of the two models: lumos or gts")] = None,
+    set_: Set = None,
+) -> None:
+    """The whole path on a year of real household shopping, with both models: prepare, train, evaluate, answer."""
+    from jobs.demo import run_gts_demo, run_lumos_demo
 
-    run_demo(load("lumos_demo", root, set_), say)
+    demos = {"lumos": ("lumos_demo", run_lumos_demo), "gts": ("gts_demo", run_gts_demo)}
+    if only is not None and only not in demos:
+        raise UserError(f"--only {only}: expected lumos or gts")
+    if set_ and only is None:
+        raise UserError("--set: say which model it is for, with --only lumos or --only gts")
+    for name, (preset, run_demo) in demos.items():
+        if only in (None, name):
+            run_demo(load(preset, root, set_), say)
 
 
 @app.command()

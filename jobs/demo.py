@@ -1,4 +1,4 @@
-"""`lum-ray demo`: the whole path, from raw events to two answered requests."""
+"""`lum-ray demo`: the whole path of both models, from raw events to answered requests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from lum_ray.artifacts import join
 from lum_ray.config import Run
 
 
-def run_demo(run: Run, say: Callable[[str], None]) -> None:
+def run_lumos_demo(run: Run, say: Callable[[str], None]) -> None:
     """Prepare, train, evaluate and serve `run`; print the metrics, the report's path and two answered requests."""
     from jobs.cli import done, print_metrics
     from lum_ray.data.state import State
-    from lum_ray.steps import evaluate, prepare, publish, train
-    from lum_ray.steps.prepare import describe
+    from lum_ray.steps import describe, evaluate, prepare, publish, train
     from lum_ray.steps.session import start_ray
     from serve.app import run as start_server
     from serve.client import Client
@@ -56,6 +55,34 @@ def run_demo(run: Run, say: Callable[[str], None]) -> None:
             _show(say, f"POST {server.url}/v1/lumos/what-if", asked, _difference(changed, 3))
     finally:
         server.stop()
+    say(f"{time.monotonic() - started_at:.0f} s in all")
+    done(report)
+
+
+def run_gts_demo(run: Run, say: Callable[[str], None]) -> None:
+    """Prepare, train and evaluate `run`; print the metrics, the report's path and what one household is expected to
+    take next."""
+    from jobs.cli import done, print_rankings
+    from lum_ray.data.state import State
+    from lum_ray.gts.requests import Request
+    from lum_ray.steps import describe, evaluate, open_predictor, prepare, publish
+    from lum_ray.steps.session import start_ray
+
+    started_at = time.monotonic()
+    start_ray()
+    facts = describe(run, prepare(run, say))
+    say(
+        f"{facts['users']:,} users, {facts['events']:,} events ({facts['rows_rejected']:,} of {facts['rows_in']:,} raw "
+        f"rows rejected), {facts['items']:,} items in {facts['tree_leaves']} leaves, {facts['bytes_per_event']} bytes "
+        "per event"
+    )
+    found = evaluate(run, say)
+    print_rankings(run, found.table)
+    report = join(found.uri, "report.html")
+    say(f"report: {os.path.abspath(report) if '://' not in report else report}")
+    user = State.open(publish(run, say)).users()[0]
+    listed = open_predictor(run, say).recommend([Request(user=user)], k=5)[0]
+    say(f"what household {user} takes next: " + ", ".join(item.item for item in listed.items))
     say(f"{time.monotonic() - started_at:.0f} s in all")
     done(report)
 

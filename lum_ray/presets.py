@@ -366,6 +366,7 @@ def gts_demo() -> Run:
             keep_layers=2,
             negatives=256,
             align_steps=150,
+            align_group=16,
             rerank=10,
         ),
         train=Train(
@@ -428,6 +429,46 @@ def gts_tiny() -> Run:
     )
 
 
+def gts_simulator() -> Run:
+    """A planted world where what comes next depends on the last item and on the hour, with a known oracle."""
+    run = gts_tiny()
+    return dataclasses.replace(
+        run,
+        name="gts_simulator",
+        data=dataclasses.replace(run.data, source=Source("next_item", options={"users": 2000, "items": 200, "seed": 7})),
+        section=GtsConfig(
+            text_encoder="minilm",
+            branching=8,
+            depth=2,
+            max_tokens=36,
+            width=64,
+            layers=2,
+            queries=4,
+            llm="smollm2",
+            keep_layers=1,
+            negatives=400,
+            candidates=3,
+            propensity_share=0.25,
+            align_steps=60,
+            graph_width=32,
+            table_width=16,
+            rerank=20,
+        ),
+        train=Train(
+            steps=500,
+            batch=32,
+            micro_batch=32,
+            learning_rate=2e-3,
+            warmup_share=0.05,
+            ema=0.99,
+            validate_every=100,
+            validate_users=500,
+            checkpoint_every=100,
+            keep_best="eval/recall_10",
+        ),
+    )
+
+
 def gts_paper() -> Run:
     """The paper's setting on tables of your own: BGE-M3 texts, TinyLlama frozen, 240 tokens, 512 negatives."""
     own = _own_data()
@@ -473,6 +514,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
         lumos_paper,
         lumos_wide,
         gts_demo,
+        gts_simulator,
         gts_tiny,
         gts_paper,
     )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lum_ray.data.rows import Rows, Samples, mix, share
-from lum_ray.gts.alignment import TASKS, Aligner
+from lum_ray.gts.alignment import TASKS, Aligner, groups_of
 from lum_ray.gts.behaviours import Behaviours, hidden_modalities
 from lum_ray.gts.collate import BEHAVIOUR, DESCRIPTOR, token_arrays
 from lum_ray.gts.config import GtsConfig, GtsInputs
@@ -147,7 +147,8 @@ class AlignStage:
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(sums, counts) of the run's tasks."""
         nothing = self.module.log_scale.sum() * 0.0
-        sums = [TASKS[name](self.module, batch) + nothing for name in self.terms]
+        groups = groups_of(batch)
+        sums = [TASKS[name](self.module, groups) + nothing for name in self.terms]
         return torch.stack(sums), batch["counts_K"]
 
     def predict(self, batch: Batch) -> Arrays:

@@ -76,9 +76,10 @@ class Aligner(nn.Module):
         return self.behaviours.qformer(*flat, text, words_RT > 0, sight)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
-    """One level of a batch, as rows: items (R, K), words (R, T), and what belongs to which group."""
+    """One level of a batch, as rows: items (R, K), words (R, T), and what belongs to which group. Its similarities are
+    computed once: two tasks read them."""
 
     items: Tensor
     hidden: Tensor  # (R, K, M)
@@ -86,6 +87,7 @@ class Group:
     there: Tensor  # (B, G)
     same: Tensor  # (B, G, G)
     draw: Tensor  # (B, G)
+    found: Tensor | None = None
 
     @staticmethod
     def of(batch: Batch, level: str) -> Group:
@@ -100,12 +102,23 @@ class Group:
 
     def similarity(self, aligner: Aligner) -> Tensor:
         """(B, G, G): the best of a row's queries against each text of its group, times the learned scale."""
+        if self.found is not None:
+            return self.found
         queries, texts = aligner.encode(self.items, self.hidden, self.words, "apart")
         batch, size = self.there.shape
         q = F.normalize(aligner.query_out(queries).float(), dim=-1).unflatten(0, (batch, size))
         t = F.normalize(aligner.text_out(texts[:, 0]).float(), dim=-1).unflatten(0, (batch, size))
         scale = aligner.log_scale.float().clamp(0.0, math.log(100.0)).exp()
-        return scale * torch.einsum("bgqo,bho->bghq", q, t).amax(dim=-1)
+        self.found = scale * torch.einsum("bgqo,bho->bghq", q, t).amax(dim=-1)
+        return self.found
+
+
+Groups = Mapping[str, Group]
+
+
+def groups_of(batch: Batch) -> Groups:
+    """Both levels of a batch."""
+    return {level: Group.of(batch, level) for level in ("behaviour", "window")}
 
 
 def contrastive(similarity_BGG: Tensor, there_BG: Tensor, same_BGG: Tensor) -> Tensor:
@@ -160,8 +173,7 @@ def _contrast(aligner: Aligner, group: Group) -> Tensor:
 
 def _match(aligner: Aligner, group: Group) -> Tensor:
     """True pairs, behaviours with a hard negative text, and texts with a hard negative behaviour."""
-    with torch.no_grad():
-        similarity = group.similarity(aligner)
+    similarity = group.similarity(aligner).detach()
     batch, size = group.there.shape
     start = torch.arange(batch, device=similarity.device)[:, None] * size
     other_text = hard_negatives(similarity, group.there, group.same, group.draw)
@@ -184,37 +196,37 @@ def _generate(aligner: Aligner, group: Group) -> Tensor:
     return generation(aligner.word_out(texts), group.words, group.there.flatten())
 
 
-def behaviour_contrastive(aligner: Aligner, batch: Batch) -> Tensor:
+def behaviour_contrastive(aligner: Aligner, groups: Groups) -> Tensor:
     """A behaviour finds its text among those of its group. Source: GTS-LUM, behaviour-text contrastive learning."""
-    return _contrast(aligner, Group.of(batch, "behaviour"))
+    return _contrast(aligner, groups["behaviour"])
 
 
-def behaviour_matching(aligner: Aligner, batch: Batch) -> Tensor:
+def behaviour_matching(aligner: Aligner, groups: Groups) -> Tensor:
     """Whether a text is the behaviour's. Source: GTS-LUM, behaviour-text matching."""
-    return _match(aligner, Group.of(batch, "behaviour"))
+    return _match(aligner, groups["behaviour"])
 
 
-def behaviour_generation(aligner: Aligner, batch: Batch) -> Tensor:
+def behaviour_generation(aligner: Aligner, groups: Groups) -> Tensor:
     """The behaviour's text, word by word. Source: GTS-LUM, behaviour-grounded text generation."""
-    return _generate(aligner, Group.of(batch, "behaviour"))
+    return _generate(aligner, groups["behaviour"])
 
 
-def sequence_contrastive(aligner: Aligner, batch: Batch) -> Tensor:
+def sequence_contrastive(aligner: Aligner, groups: Groups) -> Tensor:
     """K behaviours find the narrative of their window. Source: GTS-LUM, sequence-level contrastive learning."""
-    return _contrast(aligner, Group.of(batch, "window"))
+    return _contrast(aligner, groups["window"])
 
 
-def sequence_matching(aligner: Aligner, batch: Batch) -> Tensor:
+def sequence_matching(aligner: Aligner, groups: Groups) -> Tensor:
     """Whether a narrative is the window's. Source: GTS-LUM, sequence-level matching."""
-    return _match(aligner, Group.of(batch, "window"))
+    return _match(aligner, groups["window"])
 
 
-def sequence_generation(aligner: Aligner, batch: Batch) -> Tensor:
+def sequence_generation(aligner: Aligner, groups: Groups) -> Tensor:
     """The window's narrative, word by word. Source: GTS-LUM, sequence-level generation."""
-    return _generate(aligner, Group.of(batch, "window"))
+    return _generate(aligner, groups["window"])
 
 
-TASKS: dict[AlignTask, Callable[[Aligner, Batch], Tensor]] = {
+TASKS: dict[AlignTask, Callable[[Aligner, Groups], Tensor]] = {
     "behaviour_contrastive": behaviour_contrastive,
     "behaviour_matching": behaviour_matching,
     "behaviour_generation": behaviour_generation,

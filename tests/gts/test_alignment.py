@@ -11,6 +11,7 @@ from lum_ray.gts.alignment import (
     TASKS,
     contrastive,
     generation,
+    groups_of,
     hard_negatives,
     matching,
 )
@@ -70,7 +71,7 @@ def test_words() -> None:
 def made() -> tuple[AlignStage, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     config = tiny_config(align_group=8, window=2)
     inputs = inputs_of(config=config)
-    rows = rows_of(inputs, users=12, events=40)
+    rows = rows_of(inputs, users=32, events=40)
     torch.manual_seed(0)
     stage = AlignStage(config, inputs, Behaviours(config, inputs, 1, 1.0))
     train = stage.collate(rows, samples_of(rows, 120, step=1))
@@ -99,7 +100,7 @@ def test_each_task_lowers_its_own_held_out_loss(name: str) -> None:
     def held_out() -> float:
         stage.module.eval()
         with torch.no_grad():
-            value = float(task(stage.module, held)) / float(held["counts_K"][position])
+            value = float(task(stage.module, groups_of(held))) / float(held["counts_K"][position])
         stage.module.train()
         return value
 
@@ -107,6 +108,6 @@ def test_each_task_lowers_its_own_held_out_loss(name: str) -> None:
     optimiser = torch.optim.Adam(stage.module.parameters(), lr=3e-3)
     for _ in range(25):
         optimiser.zero_grad()
-        (task(stage.module, train) / train["counts_K"][position]).backward()
+        (task(stage.module, groups_of(train)) / train["counts_K"][position]).backward()
         optimiser.step()
     assert held_out() < 0.97 * frozen

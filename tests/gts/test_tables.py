@@ -1,4 +1,4 @@
-"""Rows of a table to vectors: the same for the same cells, near for like rows, and nulls, unknown values, empty tables."""
+"""Rows of a table to vectors: the same cells the same, like rows near; nulls, unknown values, poor and empty tables."""
 
 from __future__ import annotations
 
