@@ -103,9 +103,7 @@ def _batches(
         yield rows, samples, to_device(arrays, device)
 
 
-def _ours(
-    run: Run, prepared: GtsPrepared, checkpoint: str, stage: GtsStage, max_users: int | None, log: Log
-) -> str:
+def _ours(run: Run, prepared: GtsPrepared, checkpoint: str, stage: GtsStage, max_users: int | None, log: Log) -> str:
     """The artifact with the model's lists: retrieved, with and without seen items, reranked, generated."""
     plan = cut_plan(run, "test", int(prepared.sequences.manifest["end_day"]))
     read = [prepared.sequences.manifest["digest"], weights.fingerprint(checkpoint)]

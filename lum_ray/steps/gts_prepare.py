@@ -15,10 +15,22 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from lum_ray.artifacts import Artifact, UserError, commit, digest, find, join, read_bytes, write_bytes, write_table
+from lum_ray.artifacts import (
+    Artifact,
+    UserError,
+    commit,
+    digest,
+    find,
+    fingerprint,
+    join,
+    read_bytes,
+    write_bytes,
+    write_table,
+)
 from lum_ray.config import Run
 from lum_ray.data import prepare as data_prepare
 from lum_ray.data.context import holiday_rows
+from lum_ray.data.graph import read_edges
 from lum_ray.data.items import Catalogue, read_items, unknown_items
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Int64, Rows
@@ -61,7 +73,8 @@ class GtsPrepared:
 
     def texts(self) -> npt.NDArray[np.float32]:
         """The items' text embeddings (N, E), of unit length."""
-        return load_arrays(read_bytes(join(self.items.uri, "texts.safetensors")))["text_NE"]
+        text_NE: npt.NDArray[np.float32] = load_arrays(read_bytes(join(self.items.uri, "texts.safetensors")))["text_NE"]
+        return text_NE
 
 
 def prepare_gts(run: Run, log: Log = silent) -> GtsPrepared:
@@ -80,12 +93,33 @@ def prepare_gts(run: Run, log: Log = silent) -> GtsPrepared:
 
     def counted() -> Statistics:
         if not found:
-            found.append(statistics(_training_rows(run, timelines), catalogue.index_of, len(catalogue), until))
+            found.append(_counted(run, timelines, catalogue, until, log))
         return found[0]
 
     tree = _tree(run, items, sequences, until, counted, catalogue, log)
     fitted = _fitted(run, items, sequences, tree, until, counted, catalogue, log)
     return GtsPrepared(sequences, items, tree, fitted)
+
+
+def _counted(run: Run, timelines: Timelines, catalogue: Catalogue, until: int, log: Log) -> Statistics:
+    """What the training users' events say of the items, and the graph: its table's edges, what users take together, or
+    both."""
+    found = statistics(_training_rows(run, timelines), catalogue.index_of, len(catalogue), until)
+    graph = run.data.graph
+    if graph is None or not graph.co_occurrence:
+        found = replace(found, edges_M2=np.zeros((0, 2), np.int64), weights_M=np.zeros(0))
+    if graph is None or graph.path is None:
+        return found
+    edges, rejects = read_edges(graph.path, run.data, catalogue, until)
+    log(
+        f"graph: {len(edges.pairs_M2):,} edges; left out: {edges.unknown:,} rows of unknown items, {edges.later:,} not "
+        f"known before the cut, {rejects.num_rows:,} rejected"
+    )
+    return replace(
+        found,
+        edges_M2=np.concatenate([found.edges_M2, edges.pairs_M2]),
+        weights_M=np.concatenate([found.weights_M, edges.weights_M]),
+    )
 
 
 def _items(run: Run, uri: str, print_of: Any, log: Log) -> Artifact:
@@ -111,9 +145,7 @@ def _items(run: Run, uri: str, print_of: Any, log: Log) -> Artifact:
 def _sequences(run: Run, tables: Any, prints: Any, catalogue: Catalogue, log: Log) -> Artifact:
     data = run.data
     files = check_events(tables.events, replace(data, behaviours=()))
-    made_by = data_prepare.Tokenizer(
-        tokenizer.partial, tokenizer.merge, tokenizer.TOKENIZER_VERSION, tokenizer.COLUMNS
-    )
+    made_by = data_prepare.Tokenizer(tokenizer.partial, tokenizer.merge, tokenizer.TOKENIZER_VERSION, tokenizer.COLUMNS)
     shape = [data.events.user, data.events.time, data.events.id, data.events.item, data.time_zone, data.start, data.end]
     profiles = replace(data.profiles, path=None) if data.profiles else None
     name = digest("sequences", made_by.version, shape, profiles, prints.events, prints.profiles)
@@ -176,7 +208,9 @@ def _fitted(
     profiles = run.data.profiles
     named = (profiles.numbers, profiles.categories) if profiles else ((), ())
     country = run.data.calendar.holidays if run.data.calendar else None
-    shape = [section.graph_width, section.table_width, section.text_tokens, country, named, run.seed]
+    graph = run.data.graph
+    edges = [graph, fingerprint(graph.path) if graph and graph.path else None]
+    shape = [section.graph_width, section.table_width, section.text_tokens, country, named, edges, run.seed]
     name = digest("fitted", FITTED_VERSION, tree.manifest["digest"], shape)
     uri = join(run.root, "fitted", name)
     if (there := find(uri)) is not None:
@@ -203,8 +237,8 @@ def _fitted(
     arrays = {key: np.ascontiguousarray(value) for key, value in inputs.arrays.items()}
     write_bytes(join(uri, "inputs.safetensors"), save_arrays(arrays))
     log("judging the ID tree against random IDs")
-    graph = (inputs.arrays["graph_NG"], inputs.arrays["graph_known_N"])
-    figures = quality(ids, text_NE, found.edges_M2, found.weights_M, node2vec=graph, refit=_refit(section))
+    vectors = (inputs.arrays["graph_NG"], inputs.arrays["graph_known_N"])
+    figures = quality(ids, text_NE, found.edges_M2, found.weights_M, node2vec=vectors, refit=_refit(section))
     if figures.get("warning"):
         log(f"warning: {figures['warning']}")
     return commit(uri, {"kind": "fitted", "digest": name, "until_day": until, "tree": tree.manifest["digest"],

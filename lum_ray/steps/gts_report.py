@@ -145,4 +145,3 @@ def _slots(
         words = descriptor_text(int(descriptor[0])) if len(descriptor) else ""
         made.append(Slot(time, words, tuple(texts[item] for item in items[inside & (kind == BEHAVIOUR)].tolist())))
     return tuple(made)
-

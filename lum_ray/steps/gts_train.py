@@ -135,7 +135,11 @@ def _align_loop(plain: Mapping[str, Any], uris: tuple[str, ...], uri: str, worke
     stage = AlignStage(run.section, prepared.inputs, behaviours, run.train.seed)
     steps = run.section.align_steps
     settings = replace(
-        run.train, steps=steps, keep_best="eval/loss", validate_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4)
+        run.train,
+        steps=steps,
+        keep_best="eval/loss",
+        validate_every=max(1, steps // 4),
+        checkpoint_every=max(1, steps // 4),
     )
     loader = _loader(run, timelines, stage.collate, worker)
     plan = cut_plan(run, "validate", timelines.end_day)
