@@ -110,9 +110,9 @@ def cluster_large(graph: Any, labels: int, seed: int) -> Int64:
 
     `graph` is a connected symmetric scipy CSR. Source of the labels: Damle, Minden, Ying 2019.
     """
-    import scipy.sparse as sparse  # type: ignore[import-untyped]
-    from scipy.linalg import qr, svd  # type: ignore[import-untyped]
-    from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
+    import scipy.sparse as sparse
+    from scipy.linalg import qr, svd
+    from scipy.sparse.linalg import eigsh
 
     root_N = np.sqrt(np.asarray(graph.sum(axis=1)).ravel())
     scale = sparse.diags(1 / root_N)
@@ -146,7 +146,7 @@ def knn_graph(x_NE: Float32, k: int, affinity: Affinity) -> Any:
 
 def connected(graph: Any) -> tuple[int, Int64]:
     """Connected components: how many, and each row's, (N,) int64."""
-    from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+    from scipy.sparse.csgraph import connected_components
 
     count, piece_N = connected_components(graph, directed=False)
     return int(count), piece_N.astype(np.int64)

@@ -24,10 +24,12 @@ def tree_of(paths: Any, branching: int = 2) -> Tree:
     )  # fmt: skip
 
 
-def clusters(count: int = 8, size: int = 20, width: int = 16) -> np.ndarray:  # type: ignore[type-arg]
+def clusters(size: int = 12, width: int = 16) -> np.ndarray:  # type: ignore[type-arg]
+    """4 groups of 4 groups of `size` items."""
     generator = np.random.default_rng(3)
-    centres = np.repeat(generator.standard_normal((count, width)), size, axis=0)
-    return centres + 0.2 * generator.standard_normal(centres.shape)
+    centres = np.repeat(generator.standard_normal((4, width)), 4, axis=0)
+    centres = np.repeat(centres + 0.6 * generator.standard_normal(centres.shape), size, axis=0)
+    return centres + 0.1 * generator.standard_normal(centres.shape)
 
 
 def fit(items: Any, seed: int = 0) -> Tree:
@@ -75,15 +77,15 @@ def test_nearest_neighbours_leave_out_the_item_itself() -> None:
 
 def test_a_good_tree_is_above_random_ids_and_random_ids_are_not() -> None:
     items = clusters()
-    edges = np.stack([np.arange(160), np.arange(160) // 20 * 20 + (np.arange(160) + 7) % 20], axis=1)
-    known = np.arange(160) % 3 > 0
+    edges = np.stack([np.arange(192), np.arange(192) // 12 * 12 + (np.arange(192) + 5) % 12], axis=1)
+    known = np.arange(192) % 12 > 0
     other = np.where(known[:, None], items[:, ::-1], 0)  # unknown rows are zeros
     good = quality(fit(items), items, edges, node2vec=(other, known))
     assert good["warning"] is None
     for figures in good["against_random"].values():
         assert figures["leaf"]["value"] > 0.9
         assert figures["leaf"]["low"] <= figures["leaf"]["random"] <= figures["leaf"]["high"] < 0.3
-    poor = quality(random_tree(160, 4, 2, 1), items, edges, node2vec=(other, known))
+    poor = quality(random_tree(192, 4, 2, 1), items, edges, node2vec=(other, known))
     assert "co_occurrence: " in poor["warning"]
     assert "no more than random IDs about embedding: " in poor["warning"]
     json.dumps([good, poor], allow_nan=False)
@@ -92,7 +94,6 @@ def test_a_good_tree_is_above_random_ids_and_random_ids_are_not() -> None:
 def test_stability() -> None:
     items = clusters()
     found = quality(fit(items), items, refit=fit)["stability"]
-    assert found == {name: {"level_1": found[name]["level_1"], "leaf": found[name]["leaf"]} for name in found}
     assert set(found) == {"seed", "left_out", "assigned"}
     assert found["seed"]["leaf"] == 1.0
     assert found["left_out"]["leaf"] > 0.9
