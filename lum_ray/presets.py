@@ -178,16 +178,16 @@ def lumos_oulad() -> Run:
             test=Subset(from_day=30, until_day=225, every_days=14, segments=("2014B",)),
             min_history_days=0,
         ),
-        section=dataclasses.replace(lumos_complete_journey().section, cut_stride_days=14, horizon_peak=True),
+        section=dataclasses.replace(lumos_complete_journey().section, cut_stride_days=14, calendar_days=28),
         train=Train(
-            steps=800,
+            steps=1200,
             batch=64,
             learning_rate=3e-3,
             warmup_share=0.05,
             ema=0.99,
-            validate_every=200,
+            validate_every=300,
             validate_users=600,
-            checkpoint_every=200,
+            checkpoint_every=300,
         ),
     )
 

@@ -82,12 +82,13 @@ class LumosConfig:
     raw_values: bool = False
     """Departs: the decoder's attention averages the scaled behaviours of the days too, beside their encoded states, so
     that a behaviour that is rare need not first be learned through the encoder to be counted."""
-    horizon_peak: bool = False
-    """Departs: the query of a horizon gets the largest of its days' event vectors, number by number, beside their mean,
-    in which one deadline of 28 days fades."""
     recent_days: int = 0
     """Departs: the behaviours of so many days before the cut join the queries of future days as they are, day by day:
     decaying averages blur yesterday with the day before."""
+    calendar_days: int = 0
+    """Departs: with more than 0, the events of so many days before the cut and of all days ahead join every query as
+    they are, day by day. A horizon's query alone averages its days, in which one deadline of 28 fades, and none knows
+    how long ago the last was. A future day is then no longer told of its own events alone."""
     raw_logs: bool = False
     """Departs: these averages are read on logarithmic scales too (see `nn.CrossAttention`); needs `raw_values`."""
 
@@ -118,8 +119,9 @@ class LumosConfig:
             raise ValueError(f"positions: rope needs an even width per head, got {self.width} / {self.heads}")
         if self.positions == "lags" and not self.lag_logits:
             raise ValueError("positions: `lags` needs lag_logits: true, else nothing tells past days apart")
-        if not 0 <= self.recent_days <= self.history_days:
-            raise ValueError(f"recent_days: expected 0 to history_days ({self.history_days}), got {self.recent_days}")
+        for name in ("recent_days", "calendar_days"):
+            if not 0 <= getattr(self, name) <= self.history_days:
+                raise ValueError(f"{name}: expected 0 to history_days ({self.history_days}), got {getattr(self, name)}")
         if self.learned_mape and self.continuous != "lognormal":
             raise ValueError("learned_mape: needs continuous: lognormal, whose forecast it corrects")
         if self.raw_logs and not self.raw_values:

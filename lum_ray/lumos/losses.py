@@ -29,8 +29,9 @@ from lum_ray.nn import Constants
 
 Float64 = npt.NDArray[np.float64]
 LOW, HIGH = 0.05, 0.95
-LOG_SIGMA = (-5.0, 3.0)
-"""Bounds of a predicted log sigma: a day that is fitted exactly must not take the whole loss."""
+LOG_SIGMA = (-1.5, 3.0)
+"""Bounds of a predicted log sigma: a day that is fitted exactly must not take the whole loss. A gradient grows with
+1 / sigma^2: at -5 a count that is 0 on most active days drowned all other tasks (see tuning/LOG.md)."""
 
 
 def counted(

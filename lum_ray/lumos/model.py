@@ -81,6 +81,8 @@ class Memory(NamedTuple):
     """Event rows of the past days, where `day_match` compares them with the future's."""
     raw_BTU: Tensor | None
     """The scaled behaviours of the past days, where `recent_days` reads some of them."""
+    events_BTS: Tensor | None
+    """Events of the past days, without the rhythm, where `calendar_days` reads some of them."""
 
 
 class DecoderLayer(nn.Module):
@@ -131,6 +133,9 @@ class Lumos(nn.Module):
         self.position_FD = nn.Parameter(torch.zeros(config.future_days, width)) if future else None
         recent = config.recent_days * len(inputs.behaviours)
         self.recent = nn.Linear(recent, width) if recent else None
+        calendar = config.calendar_days + inputs.days_ahead(config.future_days)
+        calendar *= (inputs.event_width - inputs.rhythm_width) * (config.calendar_days > 0)
+        self.calendar = MLP(calendar, config.embedding, 1, queries * width) if calendar else None
         self.time2vec = nn.Linear(1, width) if config.positions == "time2vec" else None
         self.input_dropout = nn.Dropout(config.input_dropout)
         own_heads = config.encoder_heads or config.heads
@@ -188,7 +193,8 @@ class Lumos(nn.Module):
         averaged = raw if config.raw_values else None
         kept = tuple(layer.cross.keys_values(states_BTD, turned, plain, averaged) for layer in self._decoder_layers())
         days_BTS = F.embedding(index_BT, rows_ES.clamp(-1, 1)) if config.day_match else None
-        return Memory(states_BTD, kept, pad_BT, days_BTS, raw if config.recent_days else None)
+        events_BTS = F.embedding(index_BT, rows_ES[:, self.inputs.rhythm_width :]) if self.calendar else None
+        return Memory(states_BTD, kept, pad_BT, days_BTS, raw if config.recent_days else None, events_BTS)
 
     def decode(
         self,
@@ -254,11 +260,7 @@ class Lumos(nn.Module):
         else:
             known_BCXD = F.embedding(future_event_BCX, self.future(rows_ES))
         queries = [known_BCXD[:, :, :future]]
-        for horizon in self.inputs.horizons:
-            days_BCXD = known_BCXD[:, :, : horizon.days]
-            queries.append(days_BCXD.mean(2, keepdim=True))
-            if self.config.horizon_peak:
-                queries[-1] = queries[-1] + days_BCXD.amax(2, keepdim=True)
+        queries += [known_BCXD[:, :, : horizon.days].mean(2, keepdim=True) for horizon in self.inputs.horizons]
         visible_BC = visible_BC.clamp(min=1)
         step_Q = torch.arange(future + len(self.inputs.horizons), device=visible_BC.device)
         place_BCQ = visible_BC[..., None] + torch.where(step_Q < future, step_Q, 0)
@@ -266,7 +268,12 @@ class Lumos(nn.Module):
         days_FD = self.position_FD if self.position_FD is not None else x.new_zeros(future, self.config.width)
         x = x + (torch.cat([days_FD, self.horizon_HD]) if self.horizon_HD is not None else days_FD).to(x.dtype)
         if self.recent is not None and memory.raw_BTU is not None:
-            x = x + self.recent(self._recent_days(memory.raw_BTU, visible_BC).to(x.dtype))[:, :, None]
+            recent = self._recent_days(memory.raw_BTU, visible_BC, self.config.recent_days)
+            x = x + self.recent(recent.to(x.dtype))[:, :, None]
+        if self.calendar is not None and memory.events_BTS is not None:
+            before = self._recent_days(memory.events_BTS, visible_BC, self.config.calendar_days)
+            ahead = F.embedding(future_event_BCX, rows_ES[:, self.inputs.rhythm_width :]).flatten(2)
+            x = x + self.calendar(torch.cat([before.expand(-1, ahead.shape[1], -1), ahead], dim=-1)).view(x.shape)
         added = self._positions(place_BCQ)
         x = x + added.to(x.dtype) if added is not None else x
         bias = self._cross_bias(memory, visible_BC)
@@ -286,17 +293,17 @@ class Lumos(nn.Module):
             x = layer(x, keys_values, bias, turned, plain)
         return self.decoder_norm(x), seen
 
-    def _recent_days(self, raw_BTU: Tensor, visible_BC: Tensor) -> Tensor:
-        """The behaviours of the `recent_days` days before each cut, oldest first, 0 before the window: (B, C, R * U).
+    def _recent_days(self, past_BTU: Tensor, visible_BC: Tensor, days: int) -> Tensor:
+        """What is known of the `days` days before each cut, oldest first, 0 before the window: (B, C, days * U).
 
         Without `causal` every cut sees the whole window.
         """
-        days, cuts = self.config.recent_days, visible_BC.shape[1]
+        cuts = visible_BC.shape[1]
         last_BC = visible_BC if self.config.causal else torch.full_like(visible_BC, self.config.history_days)
-        padded = F.pad(raw_BTU, (0, 0, days, 0))
+        padded = F.pad(past_BTU, (0, 0, days, 0))
         day_BCR = last_BC[..., None] + torch.arange(days, device=last_BC.device)
-        index = day_BCR.flatten(1)[..., None].expand(-1, -1, raw_BTU.shape[2])
-        return padded.gather(1, index).view(len(raw_BTU), cuts, -1)
+        index = day_BCR.flatten(1)[..., None].expand(-1, -1, past_BTU.shape[2])
+        return padded.gather(1, index).view(len(past_BTU), cuts, -1)
 
     def _event_rows(self, event_rows_ES: Tensor, events: bool) -> Tensor:
         rows = event_rows_ES if events else event_rows_ES.masked_fill(self.constants["event_S"], 0.0)

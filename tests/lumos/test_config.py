@@ -19,6 +19,7 @@ from tests.lumos.batches import INPUTS
         ({"cuts_per_window": 60, "causal": True}, "cut_stride_days: 60 cuts every 7 days do not fit"),
         ({"positions": "rope", "width": 24, "heads": 8}, "positions: rope needs an even width"),
         ({"embed_width": 0}, "embed_width: expected at least 1"),
+        ({"calendar_days": 400}, "calendar_days: expected 0 to history_days"),
     ],
 )
 def test_impossible_values_are_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -25,7 +25,7 @@ CONFIGS = {
         recent_days=5,
         learned_mape=True,
         encoder_heads=1,
-        horizon_peak=True,
+        calendar_days=4,
     ),
     "dense, masked pads, rope": replace(busy(TINY), pad="masked", positions="rope"),
     "lags without causality": replace(TINY, lag_logits=True),
@@ -241,6 +241,32 @@ def test_event_switches_blank_events_and_leave_the_rhythm() -> None:
             assert (
                 (model(tensors({**data, "event_rows_ES": rows}))["daily_BCFVP"] - before).abs().max() > 1e-5
             ) == moves
+
+
+@torch.no_grad()
+def test_with_the_calendar_day_by_day_a_horizon_knows_on_which_day_an_event_is() -> None:
+    for days, knows in ((0, False), (4, True)):
+        config = replace(CONFIGS["dense, logs, recent days"], calendar_days=days)
+        model, data = build(config), arrays(config)
+        future = data["future_event_BCX"].copy()
+        future[:, :, [0, 4]] = future[:, :, [4, 0]]  # both horizons hold both days
+        moved = (
+            model(tensors({**data, "future_event_BCX": future}))["horizon_BCHP"] - model(tensors(data))["horizon_BCHP"]
+        )
+        assert (moved.abs().max() > 1e-4) == knows
+
+
+@torch.no_grad()
+def test_the_calendar_day_by_day_starts_so_many_days_before_the_cut() -> None:
+    config = replace(CONFIGS["dense, logs, recent days"], calendar_days=2, cuts_per_window=1, past_events=True)
+    model, data = build(config), arrays(config)
+    model.tokenizer.event.hidden[0].weight.zero_()  # the tokens of the past know their events too
+    before = model(tensors(data))["daily_BCFVP"]
+    for lag, moves in ((1, True), (2, True), (3, False)):
+        rows = data["event_rows_ES"].copy()
+        rows[data["history_event_BT"][0, -lag], INPUTS.rhythm_width :] += 1
+        after = model(tensors({**data, "event_rows_ES": rows}))["daily_BCFVP"]
+        assert ((after - before).abs().max() > 1e-5) == moves
 
 
 @torch.no_grad()
