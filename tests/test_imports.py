@@ -8,6 +8,7 @@ import sys
 import pytest
 
 HEAVY = ("ray", "deepspeed", "pydantic", "polars", "pandas", "sklearn", "yaml", "rich", "typer", "fastapi")
+FITTING = ("sentence_transformers", "gensim", "scipy", "gguf")
 
 
 def run_without(blocked: tuple[str, ...], modules: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
@@ -35,10 +36,15 @@ def test_a_bare_gpu_machine_runs_models_loader_and_benchmark() -> None:
         "lum_ray.lumos.fitting",
         "lum_ray.lumos.timelines",
         "lum_ray.lumos.predictor",
+        "lum_ray.gts.model",
+        "lum_ray.gts.stage",
+        "lum_ray.gts.align_stage",
+        "lum_ray.gts.collate",
+        "lum_ray.gts.inference",
         "lum_ray.data.loader",
         "jobs.bench.gpu",
     )
-    done = run_without(HEAVY, modules)
+    done = run_without((*HEAVY, *FITTING), modules)
     assert done.stdout == "fine\n", done.stderr[-800:]
 
 
@@ -46,7 +52,18 @@ def test_the_block_works() -> None:
     assert "blocked: ray" in run_without(("ray",), ("lum_ray.training.fit",)).stderr
 
 
-@pytest.mark.parametrize("module", ["lum_ray", "lum_ray.lumos.model", "lum_ray.lumos.predictor", "lum_ray.catalog"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "lum_ray",
+        "lum_ray.lumos.model",
+        "lum_ray.lumos.predictor",
+        "lum_ray.gts.model",
+        "lum_ray.gts.stage",
+        "lum_ray.gts.fitting",
+        "lum_ray.catalog",
+    ],
+)
 def test_importing_a_model_imports_neither_ray_nor_deepspeed(module: str) -> None:
     script = f"import {module}, sys; print([n for n in ('ray', 'deepspeed') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

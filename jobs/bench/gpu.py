@@ -1,24 +1,28 @@
 """How fast one accelerator trains and runs a model, and what share of the chip's arithmetic that is.
 
     python -m jobs.bench.gpu --model lumos [--engine torch|deepspeed] [--windows 1024] [--quick]
+    python -m jobs.bench.gpu --model gts [--windows 64] [--items 10000] [--compile] [--quick]
 
 On CUDA: bf16 autocast, torch.compile with static shapes, fused AdamW; several batches that lie on the device, so that
 no loader is measured. On a CPU, or with --quick, the same in fp32 with tiny sizes and without compiling: a smoke test.
-Rows: gpu/lumos_{wide,paper}/tokens_per_s and .../mfu (training), gpu/lumos_wide/users_per_s (prediction).
-A token is a calendar day inside a window that the encoder reads; pads count, their share of the batch is in `run`.
+Rows: gpu/lumos_{wide,paper}/tokens_per_s and .../mfu (training), gpu/lumos_wide/users_per_s (prediction);
+gpu/gts/tokens_per_s and /mfu (Phase II), gpu/gts/pairs_per_s/{front,end} (a target and a history): `gpu_gts.py`.
+A token of LUMOS is a calendar day inside a window that the encoder reads; pads count, their share of the batch is in
+`run`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
+from jobs.bench import gpu_gts
+from jobs.bench.accelerator import fitting, peak, timed
 from jobs.bench.lumos_batch import INPUTS, lumos_batch
 from jobs.bench.rows import emit, hardware, note, spread
 from lum_ray.lumos.config import Inputs, LumosConfig
@@ -26,8 +30,6 @@ from lum_ray.lumos.model import Lumos
 from lum_ray.lumos.tokens import CATEGORY_WIDTH, Batch
 from lum_ray.stage import Arrays, to_device
 
-PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-"""Dense bf16 operations per second of a chip (its data sheet), by words of its name."""
 PRESETS = {"lumos_wide": LumosConfig(swiglu_width=1365), "lumos_paper": LumosConfig(swiglu_width=512)}
 PACKAGES = ("torch", "numpy", "deepspeed")
 
@@ -67,32 +69,6 @@ def tiny(config: LumosConfig) -> LumosConfig:
     """The same model for a smoke test."""
     narrow = config.swiglu_width // 16
     return replace(config, history_days=24, width=32, heads=4, encoder_layers=2, embed_width=16, swiglu_width=narrow)
-
-
-def peak(device: torch.device) -> float | None:
-    """Operations per second of the chip at bf16; None if it is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((value for part, value in PEAK_BF16.items() if all(word in name for word in part.split())), None)
-
-
-def timed(step: Callable[[int], object], steps: int, blocks: int, warmup: int, device: torch.device) -> list[float]:
-    """Seconds a step in each of `blocks` blocks of `steps`, after `warmup` steps outside the clock."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for index in range(warmup):
-        step(index)
-    wait()
-    seconds = []
-    for _ in range(blocks):
-        begin = time.perf_counter()
-        for index in range(steps):
-            step(index)
-        wait()
-        seconds.append((time.perf_counter() - begin) / steps)
-    return seconds
 
 
 def torch_step(
@@ -140,38 +116,41 @@ def predict_step(
     return step
 
 
-def fitting(windows: int, attempt: Callable[[int], list[float]]) -> tuple[int, list[float]]:
-    """`attempt(windows)`, with half as many windows as often as the memory of the device asks for it."""
-    while True:
-        try:
-            return windows, attempt(windows)
-        except torch.cuda.OutOfMemoryError:
-            if windows <= 8:
-                raise
-            note(f"{windows} windows do not fit into the device's memory; trying {windows // 2}")
-            windows //= 2
-        torch.cuda.empty_cache()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.gpu", description="LUMOS on one accelerator.")
-    parser.add_argument("--model", choices=("lumos",), default="lumos")
-    parser.add_argument("--engine", choices=("torch", "deepspeed"), default="torch", help="what makes a training step")
-    parser.add_argument("--windows", type=int, default=1024, help="windows a batch (halved until they fit)")
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.gpu", description="A model on one accelerator.")
+    parser.add_argument("--model", choices=("lumos", "gts"), default="lumos")
+    parser.add_argument("--engine", choices=("torch", "deepspeed"), default="torch", help="lumos: what makes a step")
+    parser.add_argument("--windows", type=int, help="windows a batch, 1024 or (gts) 64; halved until they fit")
+    parser.add_argument("--llm", help="gts: the frozen decoder; random-tinyllama, or random for a smoke test")
+    parser.add_argument("--items", type=int, default=10_000, help="gts: items of the catalogue")
+    parser.add_argument("--candidates", type=int, default=20, help="gts: candidates of a history, for pairs_per_s")
     parser.add_argument("--steps", type=int, default=10, help="steps a block")
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks; the median is the value")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--eager", action="store_true", help="lumos: do not compile")
+    parser.add_argument("--compile", action="store_true", help="gts: compile the decoder's layers")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, fp32, nothing compiled")
     options = parser.parse_args(arguments)
+    if options.model == "gts" and options.engine != "torch":
+        parser.error("--engine deepspeed: lumos only")
     device = torch.device(options.device)
     fast = device.type == "cuda" and not options.quick
     compiled = fast and not options.eager
-    windows, steps, blocks, warmup = (options.windows, options.steps, options.blocks, 5) if fast else (8, 2, 3, 1)
+    windows = options.windows or (1024 if options.model == "lumos" else 64)
+    windows, steps, blocks, warmup = (windows, options.steps, options.blocks, 5) if fast else (8, 2, 3, 1)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     machine, top = hardware(accelerator), peak(device)
+    if options.model == "gts":
+        items, candidates = (options.items, options.candidates) if fast else (60, 3)
+        llm = options.llm or ("random-tinyllama" if fast else "random")
+        gpu_gts.measure(
+            gpu_gts.Settings(
+                llm, windows, items, candidates, steps, blocks, warmup, fast, fast and options.compile, device, machine
+            )
+        )
+        return 0
 
     def report(
         name: str, figure: str, config: LumosConfig, used: int, values: Sequence[float], unit: str, **more: Any

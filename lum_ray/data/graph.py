@@ -66,7 +66,9 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
     `data.max_reject_share`."""
     graph, count = _graph(data), len(catalogue)
     columns = [name for name in (graph.source, graph.target, graph.weight, graph.known_at) if name]
-    keys, weights, rejects = [np.zeros(0, np.int64)], [np.zeros(0)], [REJECTS.empty_table()]
+    keys: list[Int64] = [np.zeros(0, np.int64)]
+    weights: list[npt.NDArray[np.float64]] = [np.zeros(0)]
+    rejects = [REJECTS.empty_table()]
     rows = unknown = later = 0
     for file in check_graph(uri, data):
         rows += file.rows
@@ -109,7 +111,7 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
             )
         )
     pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
-    total = np.bincount(place, np.concatenate(weights), len(pairs))
+    total = np.asarray(np.bincount(place, np.concatenate(weights), len(pairs)), np.float64)
     return Edges(np.stack([pairs // count, pairs % count], axis=1), total, unknown, later), bad
 
 

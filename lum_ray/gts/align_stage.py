@@ -70,8 +70,8 @@ class AlignStage:
         counts = []
         modalities = len(self.module.behaviours.modalities)
         for level, (items, words) in groups.items():
-            there = (items >= 0).any(axis=2)
-            same = (words[:, :, None] == words[:, None]).all(axis=3)
+            there = np.any(items >= 0, axis=2)
+            same = np.all(words[:, :, None] == words[:, None], axis=3)
             key = (self.seed, samples.step, rows.user_hash[samples.row][:, None], np.arange(items.shape[1]))
             batch |= {
                 f"{level}_items_BGK": items,
@@ -141,7 +141,7 @@ class AlignStage:
         words = np.concatenate([time, np.where(there[..., None], item, PAD_WORD)], axis=-1)
         flat = words.reshape(*words.shape[:2], words.shape[2] * words.shape[3])
         flat = np.take_along_axis(flat, np.argsort(flat == PAD_WORD, axis=-1, kind="stable"), axis=-1)
-        bos = np.where(there.any(axis=2)[..., None], BOS, PAD_WORD)
+        bos = np.where(np.any(there, axis=2)[..., None], BOS, PAD_WORD)
         return np.concatenate([bos, flat], axis=-1)[..., : 2 * self.config.text_tokens].astype(np.int64)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,16 +57,15 @@ class Aligner(nn.Module):
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
 
-    def encode(
-        self, items_RK: Tensor, hidden_RKM: Tensor, words_RT: Tensor, sight: Sight
-    ) -> tuple[Tensor, Tensor]:
+    def encode(self, items_RK: Tensor, hidden_RKM: Tensor, words_RT: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
         """(query outputs (R, Q, W), text outputs (R, T, W)) of rows of K behaviours (-1: none) with a text."""
         rows, window = items_RK.shape
         there_RK = items_RK >= 0
         memory, known = self.behaviours.memory(items_RK.clamp(min=0).flatten(), hidden_RKM.flatten(0, 1))
-        ids = self.behaviours.ids(items_RK.clamp(min=0).flatten()).unflatten(0, (rows, window))
-        memory = memory.unflatten(0, (rows, window))
-        known = known.unflatten(0, (rows, window)) & there_RK[..., None]
+        ids = self.behaviours.ids(items_RK.clamp(min=0).flatten())
+        ids = ids.view(rows, window, ids.shape[1])
+        memory = memory.view(rows, window, *memory.shape[1:])
+        known = known.view(rows, window, known.shape[1]) & there_RK[..., None]
         if window > 1:
             memory, ids = memory + self.place.weight[:window, None], ids + self.place.weight[:window]
         ids = ids * there_RK[..., None]
@@ -106,8 +105,9 @@ class Group:
             return self.found
         queries, texts = aligner.encode(self.items, self.hidden, self.words, "apart")
         batch, size = self.there.shape
-        q = F.normalize(aligner.query_out(queries).float(), dim=-1).unflatten(0, (batch, size))
-        t = F.normalize(aligner.text_out(texts[:, 0]).float(), dim=-1).unflatten(0, (batch, size))
+        q = F.normalize(aligner.query_out(queries).float(), dim=-1)
+        t = F.normalize(aligner.text_out(texts[:, 0]).float(), dim=-1)
+        q, t = q.view(batch, size, *q.shape[1:]), t.view(batch, size, t.shape[1])
         scale = aligner.log_scale.float().clamp(0.0, math.log(100.0)).exp()
         self.found = scale * torch.einsum("bgqo,bho->bghq", q, t).amax(dim=-1)
         return self.found

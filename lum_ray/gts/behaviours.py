@@ -12,6 +12,8 @@ Legend: I items, M modalities, Q queries, E modality width, W width of the Q-For
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -109,13 +111,13 @@ def hidden_modalities(items: npt.NDArray[np.int64], modalities: int, seed: int, 
     return share(mix(seed, HIDE_SALT, step, items[..., None], np.arange(modalities))) < HIDE
 
 
-def _scaled(values_NE: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _scaled(values_NE: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Rows with a mean square of about 1 per number, whatever the encoder's scale."""
     size = float(np.sqrt(np.square(values_NE, dtype=np.float64).mean())) or 1.0
     return np.asarray(values_NE / size, np.float32)
 
 
-def node_numbers(paths_ND: np.ndarray, branching: int) -> np.ndarray:  # type: ignore[type-arg]
+def node_numbers(paths_ND: npt.NDArray[Any], branching: int) -> npt.NDArray[np.int64]:
     """The number of each node on each path (N, D) int64: level by level, a node by its digits from the root."""
     numbers = np.zeros(paths_ND.shape, np.int64)
     prefix, offset = np.zeros(len(paths_ND), np.int64), 0

@@ -37,9 +37,7 @@ class Statistics:
     weights_M: npt.NDArray[np.float64]
 
 
-def statistics(
-    buckets: Iterable[Rows], index_of: Callable[[Int64], Int64], count: int, until_day: int
-) -> Statistics:
+def statistics(buckets: Iterable[Rows], index_of: Callable[[Int64], Int64], count: int, until_day: int) -> Statistics:
     """See `Statistics`; one bucket is in memory at a time. Raises UserError where no event lies before `until_day`."""
     counts = np.zeros(count, np.int64)
     keys, weights = np.zeros(0, np.int64), np.zeros(0, np.int64)

@@ -22,7 +22,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.data.rows import hash_strings, mix, share
 from lum_ray.gts.config import GtsConfig
 
-RANDOM: dict[str, dict[str, int]] = {
+RANDOM: dict[str, dict[str, Any]] = {
     "random": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
                "num_key_value_heads": 1},
     "random-tinyllama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
@@ -55,6 +55,7 @@ def load(config: GtsConfig) -> Llm:
     """The LLM of the run, with its words. Raises UserError where it cannot be had or is no Llama."""
     from transformers import AutoConfig, LlamaConfig, LlamaModel
 
+    decoder: Any
     if config.llm in RANDOM:
         shape = RANDOM[config.llm] | ({"num_hidden_layers": config.keep_layers} if config.keep_layers else {})
         with torch.random.fork_rng():
@@ -98,8 +99,9 @@ def _place(name: str) -> str:
 
 def _quietly(kind: Any, place: str, found: Any, revision: str | None) -> Any:
     """Load without the library's lines about the layers that are left out on purpose."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -128,7 +130,8 @@ def _tuned(decoder: nn.Module, config: GtsConfig) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=["q_proj", "v_proj"])
-        return get_peft_model(decoder, settings)  # type: ignore[arg-type]
+        tuned: nn.Module = get_peft_model(decoder, settings)
+        return tuned
 
 
 def digest(decoder: nn.Module) -> str:

@@ -52,12 +52,12 @@ class Gts(nn.Module):
         self.decoder, self.width = llm.decoder, llm.width
         self.behaviours = Behaviours(config, inputs, llm.width, llm.rms)
         words = llm.mean_of_words([descriptor_text(code) for code in range(DESCRIPTORS)])
-        self.descriptors = nn.Embedding.from_pretrained(words, freeze=config.timestamps == "text")
+        self.descriptors = _started(words, frozen=config.timestamps == "text")
         small = llm.rms * 0.1
         self.slots, self.gaps = _table(config.slots, llm.width, small), _table(GAPS, llm.width, small)
         self.groups = _table(MAX_GROUPS, llm.width, small) if config.timestamps == "position" else None
         named = llm.mean_of_words(["recommend what comes next", "will this come next", "end of the moment", "nothing"])
-        self.tasks = nn.Embedding.from_pretrained(named, freeze=False)  # retrieve, propensity, [SEP], no target
+        self.tasks = _started(named)  # retrieve, propensity, [SEP], no target
         self.target = nn.Parameter(torch.randn(llm.width) * small)
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
         self.user_out, self.item_out = (nn.Linear(llm.width, config.output_width) for _ in range(2))
@@ -135,7 +135,7 @@ class Gts(nn.Module):
         if self._catalogue is None or self.training:
             place = self.log_scale.device
             with torch.no_grad():
-                parts = torch.arange(self.inputs.count, device=place).split(at_once)
+                parts = torch.split(torch.arange(self.inputs.count, device=place), at_once)
                 fused = torch.cat([self.behaviours(part) for part in parts])
                 self._catalogue = (fused, self.item(fused))
         return self._catalogue
@@ -147,13 +147,14 @@ class Gts(nn.Module):
     def repeated(self, seen_SF: Tensor) -> Tensor:
         """What having had an item adds to its score (S,): `seen_SF` as `repeat_features` makes it."""
         assert self.repeat is not None
-        return self.repeat(seen_SF).float()[..., 0]
+        added: Tensor = self.repeat(seen_SF)
+        return added.float()[..., 0]
 
     def losses(self, batch: Batch) -> Tensor:
         """The sums (3,) of the terms over the batch: see TERMS."""
         fused_UD = self.behaviours(batch["unique_U"], batch["hidden_UM"])
         x_BLD = self.tokens(batch, fused_UD)
-        zero = x_BLD.float().sum() * 0.0 + self.propensity.out.weight.sum() * 0.0  # type: ignore[union-attr,operator]
+        zero = x_BLD.float().sum() * 0.0 + self.propensity.out.weight.sum() * 0.0  # type: ignore[union-attr]
         retrieve, generate, asked = zero, zero, zero
         if len(batch["query_sample_R"]):
             retrieve, generate = self._retrieve(batch, fused_UD, x_BLD)
@@ -224,3 +225,9 @@ def _table(count: int, width: int, std: float) -> nn.Embedding:
     table = nn.Embedding(count, width)
     nn.init.normal_(table.weight, std=std)
     return table
+
+
+def _started(words_ND: Tensor, frozen: bool = False) -> nn.Embedding:
+    """A table that starts as `words_ND`."""
+    count, width = words_ND.shape
+    return nn.Embedding(count, width, _weight=words_ND, _freeze=frozen)

@@ -35,7 +35,8 @@ class Layer(nn.Module):
 
     def forward(self, x_BSD: Tensor, queries: int, bias: Tensor | None, memory: Tensor, unknown: Tensor) -> Tensor:
         x_BSD = x_BSD + self.dropout(self.attention(self.norm(x_BSD), bias))
-        query, text = x_BSD[:, :queries], x_BSD[:, queries:]
+        query: Tensor = x_BSD[:, :queries]
+        text = x_BSD[:, queries:]
         if self.cross is not None and self.cross_norm is not None:
             keys = self.cross.keys_values(memory)
             query = query + self.dropout(self.cross(self.cross_norm(query), keys, unknown))

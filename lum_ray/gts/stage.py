@@ -10,7 +10,7 @@ front, S seen pairs, X masked pairs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -111,7 +111,7 @@ class GtsStage:
             else "full",
         )  # fmt: skip
         length = max(int(found["length_B"].max(initial=0)), 1)
-        batch = {name: value[:, :length] if name.endswith("_BL") else value for name, value in found.items()}
+        batch: Arrays = {name: value[:, :length] if name.endswith("_BL") else value for name, value in found.items()}
         batch["last_group_B"] = batch["group_BL"].max(axis=1, initial=-1)
         batch["profile_BP"] = profile_rows(self.inputs, rows, samples.row)
         return batch
@@ -124,7 +124,7 @@ class GtsStage:
 
     def _seen(self, rows: Rows, samples: Samples, batch: Arrays, queries: Queries, candidate_items: Int64) -> Arrays:
         """What each query's user had before, of its positive (column 0) and of the candidates (1 + c)."""
-        nothing = {
+        nothing: Arrays = {
             "seen_query_S": np.zeros(0, np.int64),
             "seen_column_S": np.zeros(0, np.int64),
             "seen_SF": np.zeros((0, REPEAT_FEATURES), np.float32),
@@ -132,7 +132,7 @@ class GtsStage:
         if not self.config.repeats or not len(queries.sample):
             return nothing
         wanted = np.union1d(candidate_items, queries.positive)
-        groups = "all" if self.config.dense else "last"
+        groups: Literal["last", "all"] = "all" if self.config.dense else "last"
         found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, groups, wanted)
         query = queries.find(found["query_sample_S"], found["query_group_S"])
         item = found["item_S"]
@@ -225,10 +225,13 @@ class GtsStage:
             "had_SF": repeat_features(found["count_S"], found["since_S"], found["instants_S"]),
         }
 
-    def scores(self, batch: Batch, literal: torch.Tensor | None = None) -> torch.Tensor:
-        """Reading R: scores (B, N) of the whole catalogue. `literal` (B,) items in front: LEAKS, see config."""
+    def scores(
+        self, batch: Batch, literal: torch.Tensor | None = None, state_BD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Reading R: scores (B, N) of the whole catalogue. `literal` (B,) items in front: LEAKS, see config.
+        `state_BD`: the `user_states`, if they are there already."""
         module = self.module
-        users_BO = module.user(self.user_states(batch, literal))
+        users_BO = module.user(self.user_states(batch, literal) if state_BD is None else state_BD)
         scores_BN = module.scale() * users_BO @ module.catalogue()[1].T
         if module.repeat is not None and len(batch["had_sample_S"]):
             at = (batch["had_sample_S"], batch["had_item_S"])

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lum_ray import catalog, weights
-from lum_ray.artifacts import UserError, commit, digest, find, join, open_artifact, read_json
+from lum_ray import weights
+from lum_ray.artifacts import UserError, commit, digest, find, join, open_artifact
 from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -20,7 +20,7 @@ from lum_ray.evaluation.ranking_baselines import BASELINES, Popularity, baseline
 from lum_ray.evaluation.ranking_files import ranking_table, targets_table, write_rankings, write_targets
 from lum_ray.gts.collate import next_items
 from lum_ray.gts.inference import best, generate, rerank, without_seen
-from lum_ray.gts.llm import digest as llm_digest
+from lum_ray.gts.predictor import load_stage, record_of
 from lum_ray.gts.stage import GtsStage
 from lum_ray.stage import Arrays, to_device
 from lum_ray.steps.gts_prepare import GtsPrepared, prepare_gts
@@ -69,27 +69,10 @@ def trained_stage(run: Run, prepared: GtsPrepared, checkpoint: str) -> GtsStage:
 
     Raises UserError where it was trained on other artifacts than the run's, or its LLM is another than it was.
     """
-    record = read_json(join(checkpoint, "run.json"))
-    trained = catalog.read_run(record["run"])
+    record, _ = record_of(checkpoint)
     if record["fitted"] != prepared.fitted.manifest["digest"]:
         raise UserError(f"{checkpoint}: trained with fitted statistics {record['fitted']}, the run has others")
-    stage = GtsStage(trained.section, prepared.inputs, 2**31 - 1, trained.train.seed)
-    if llm_digest(stage.module.decoder) != record["llm"]["digest"]:
-        raise UserError(
-            f"{checkpoint}: its LLM {record['llm']['name']} has other weights than in training; restore that revision"
-        )
-    load_weights(stage, checkpoint)
-    stage.module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return stage
-
-
-def load_weights(stage: GtsStage, checkpoint: str) -> None:
-    """The checkpoint's weights into the stage; what is frozen is not in it."""
-    frozen = {name for name, parameter in stage.module.named_parameters() if not parameter.requires_grad}
-    missing, unexpected = stage.module.load_state_dict(weights.load(checkpoint).tensors, strict=False)
-    wrong = [*(name for name in missing if name not in frozen), *unexpected]
-    if wrong:
-        raise UserError(f"{checkpoint}: of another shape than the run's model: {', '.join(wrong[:5])}")
+    return load_stage(checkpoint, prepared.inputs)
 
 
 def _batches(

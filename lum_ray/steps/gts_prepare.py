@@ -77,8 +77,8 @@ class GtsPrepared:
         return text_NE
 
 
-def prepare_gts(run: Run, log: Log = silent) -> GtsPrepared:
-    """Find or build the sequences, the items, the tree and the fitted statistics of a run.
+def prepare_sequences(run: Run, log: Log = silent) -> tuple[Artifact, Artifact]:
+    """Find or build the items and the sequences of a run alone: what an earlier model needs of newer data.
 
     Raises UserError for whatever is wrong with the run or its tables.
     """
@@ -86,7 +86,16 @@ def prepare_gts(run: Run, log: Log = silent) -> GtsPrepared:
     items_uri, items_print = raw_items(run, log)
     items = _items(run, items_uri, items_print, log)
     catalogue = GtsPrepared(items, items, items, items).catalogue
-    sequences = _sequences(run, tables, prints, catalogue, log)
+    return items, _sequences(run, tables, prints, catalogue, log)
+
+
+def prepare_gts(run: Run, log: Log = silent) -> GtsPrepared:
+    """Find or build the sequences, the items, the tree and the fitted statistics of a run.
+
+    Raises UserError for whatever is wrong with the run or its tables.
+    """
+    items, sequences = prepare_sequences(run, log)
+    catalogue = GtsPrepared(items, items, items, items).catalogue
     timelines = Timelines.open(sequences.uri)
     until = fit_until(run, timelines.end_day)
     found: list[Statistics] = []
@@ -276,4 +285,4 @@ def describe_gts(prepared: GtsPrepared) -> dict[str, Any]:
     }
 
 
-__all__ = ["GtsPrepared", "UserError", "describe_gts", "open_tree", "prepare_gts"]
+__all__ = ["GtsPrepared", "UserError", "describe_gts", "open_tree", "prepare_gts", "prepare_sequences"]

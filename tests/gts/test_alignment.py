@@ -3,7 +3,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.gts.world import inputs_of, rows_of, samples_of, tiny_config
 
 from lum_ray.gts.align_stage import BOS, AlignStage, vocabulary, word_table
 from lum_ray.gts.alignment import (
@@ -17,6 +16,7 @@ from lum_ray.gts.alignment import (
 )
 from lum_ray.gts.behaviours import Behaviours
 from lum_ray.stage import to_device
+from tests.gts.world import inputs_of, rows_of, samples_of, tiny_config
 
 NOBODY = torch.zeros(1, 2, 2, dtype=torch.bool)
 

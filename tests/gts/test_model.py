@@ -3,11 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tests.gts.world import inputs_of, rows_of, samples_of, tiny_config
 
 from lum_ray.gts.config import PREFIX
 from lum_ray.gts.stage import GtsStage
 from lum_ray.stage import to_device
+from tests.gts.world import inputs_of, rows_of, samples_of, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,9 @@ def test_without_a_target_reading_p_is_never_trained() -> None:
 def test_pads_never_change_a_score() -> None:
     stage, batch = made()
     scores = stage.scores(batch)
-    more = {name: torch.nn.functional.pad(value, (0, 7)) if name.endswith("_BL") else value for name, value in batch.items()}
+    more = {
+        name: torch.nn.functional.pad(value, (0, 7)) if name.endswith("_BL") else value for name, value in batch.items()
+    }
     more["group_BL"][:, -7:] = -1
     assert torch.allclose(scores, stage.scores(more), atol=1e-5)
 
@@ -69,7 +71,9 @@ def test_permuting_users_permutes_scores() -> None:
     order = np.array([3, 1, 7, 0, 2, 6, 5, 4])
     plain = stage.scores(to_device(stage.questions(rows, samples_of(rows)), CPU))
     moved = rows.take(order)
-    assert torch.allclose(plain[order], stage.scores(to_device(stage.questions(moved, samples_of(moved)), CPU)), atol=1e-5)
+    assert torch.allclose(
+        plain[order], stage.scores(to_device(stage.questions(moved, samples_of(moved)), CPU)), atol=1e-5
+    )
 
 
 def test_no_event_after_the_cut_changes_a_score() -> None:

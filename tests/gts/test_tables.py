@@ -40,7 +40,7 @@ def test_rows_of_a_kind_come_to_lie_together_more_than_before_training() -> None
         return float((kind[np.argsort(-likeness, axis=1)[:, :10]] == kind[:, None]).mean())
 
     before, after = purity(0), purity(60)
-    assert after > 0.97 and after > before, (before, after)
+    assert after > 0.97 and after > before + 0.02, (before, after)
 
 
 def test_a_row_depends_on_its_own_cells_alone_and_a_stored_table_gives_the_same_bytes() -> None:

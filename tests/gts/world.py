@@ -14,11 +14,12 @@ MINUTE = 60_000_000
 
 def tiny_config(**changes: object) -> GtsConfig:
     """Small enough for a test."""
-    base = dict(
-        text_encoder="minilm", branching=3, depth=2, slot_minutes=15, max_tokens=40, width=16, heads=2, layers=2,
-        queries=2, llm="random", candidates=3, negatives=16, output_width=16, align_group=8, window=2, text_tokens=8,
-        retrieve=10, rerank=4, graph_width=8, table_width=4,
-    )  # fmt: skip
+    base: dict[str, object] = {
+        "text_encoder": "minilm", "branching": 3, "depth": 2, "slot_minutes": 15, "max_tokens": 40, "width": 16,
+        "heads": 2, "layers": 2, "queries": 2, "llm": "random", "candidates": 3, "negatives": 16, "output_width": 16,
+        "align_group": 8, "window": 2, "text_tokens": 8, "retrieve": 10, "rerank": 4, "graph_width": 8,
+        "table_width": 4,
+    }  # fmt: skip
     return GtsConfig(**(base | changes))  # type: ignore[arg-type]
 
 
@@ -30,7 +31,9 @@ def inputs_of(count: int = 30, seed: int = 0, config: GtsConfig | None = None) -
     texts = [f"{WORDS[i % 7]} {WORDS[7 + i % 5]} {i}" for i in range(count)]
     known = vocabulary(texts)
     hashes = hash_strings(list(items)).view(np.int64)
-    paths = np.stack([(np.arange(count) // config.branching**level) % config.branching for level in range(config.depth)])
+    paths = np.stack(
+        [(np.arange(count) // config.branching**level) % config.branching for level in range(config.depth)]
+    )
     weight = rng.dirichlet(np.ones(count))
     return GtsInputs(
         items=items,
