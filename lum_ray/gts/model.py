@@ -11,9 +11,11 @@ The arrays of a batch (`GtsStage.collate` makes them):
 - `kind_BL`, `place_BL`, `descriptor_BL`, `slot_BL`, `gap_BL`, `group_BL`: the tokens, left-aligned; `length_B`.
 - `profile_BP`: the row of the user's table, encoded.
 - R: `query_sample_R`, `query_token_R` (position of the token that ends the history, -1: there is none), `positive_R`,
-  `candidate_C` (places), `log_q_U`, `masked_query_X`, `masked_column_X`, and the repeats as triplets `seen_query_S`,
+  `candidate_C` (places), `log_chance_U` (of being among the negatives), `masked_query_X`, `masked_column_X`, and the
+  repeats as triplets `seen_query_S`,
   `seen_column_S` (0 the positive, 1 + c the candidate c), `seen_SF`.
-- P: `asked_sample_P`, `asked_PK` (places, the true one first), `asked_seen_PKF`, `asked_known_PK`.
+- P: `asked_sample_P`, `asked_PK` (places, the true one first), `asked_log_chance_PK` (of being asked),
+  `asked_seen_PKF`, `asked_known_PK`.
 
 Legend: B samples, L tokens, D width of the LLM, O output width, U unique items, R queries of reading R, C candidates,
 P samples of reading P, K candidates in front, F repeat features, S triplets, M modalities.
@@ -33,12 +35,12 @@ from lum_ray.gts.collate import DESCRIPTOR, SEP
 from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
 from lum_ray.gts.intervals import DESCRIPTORS, GAPS, descriptor_text
 from lum_ray.gts.llm import Llm, load, states
-from lum_ray.nn import MLP
+from lum_ray.gts.prior import Prior
+from lum_ray.nn import MLP, Constants
 
 Batch = Mapping[str, Tensor]
 TERMS = ("retrieve", "propensity", "generate")
 MAX_GROUPS = 256
-REPEAT_FEATURES = 3
 
 
 class Gts(nn.Module):
@@ -62,7 +64,8 @@ class Gts(nn.Module):
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
         self.user_out, self.item_out = (nn.Linear(llm.width, config.output_width) for _ in range(2))
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # DeepSpeed has no scalars
-        self.repeat = MLP(REPEAT_FEATURES, 16, 1, 1) if config.repeats else None
+        self.prior = Prior(config.repeats)
+        self.constants = Constants({"log_q_N": torch.from_numpy(inputs.arrays["log_q_N"])}, persistent=False)
         self.propensity = MLP(llm.width, config.output_width, 1, 1)
         levels = inputs.arrays["paths_ND"].shape[1]
         self.digits = nn.ModuleList(MLP(llm.width, config.output_width, 1, config.branching) for _ in range(levels))
@@ -144,12 +147,6 @@ class Gts(nn.Module):
         """The learned inverse temperature, within [1, 100]."""
         return self.log_scale.float().clamp(0.0, math.log(100.0)).exp()
 
-    def repeated(self, seen_SF: Tensor) -> Tensor:
-        """What having had an item adds to its score (S,): `seen_SF` as `repeat_features` makes it."""
-        assert self.repeat is not None
-        added: Tensor = self.repeat(seen_SF)
-        return added.float()[..., 0]
-
     def losses(self, batch: Batch) -> Tensor:
         """The sums (3,) of the terms over the batch: see TERMS."""
         fused_UD = self.behaviours(batch["unique_U"], batch["hidden_UM"])
@@ -159,8 +156,8 @@ class Gts(nn.Module):
         if len(batch["query_sample_R"]):
             retrieve, generate = self._retrieve(batch, fused_UD, x_BLD)
         if len(batch["asked_sample_P"]):
-            asked = F.cross_entropy(self.ask(batch, fused_UD, x_BLD), batch["asked_PK"].new_zeros(
-                len(batch["asked_PK"])), reduction="sum")  # fmt: skip
+            logits = self.ask(batch, fused_UD, x_BLD) - batch["asked_log_chance_PK"]
+            asked = F.cross_entropy(logits, torch.zeros_like(batch["asked_sample_P"]), reduction="sum")
         return torch.stack([retrieve + zero, asked + zero, generate + zero])
 
     def _retrieve(self, batch: Batch, fused_UD: Tensor, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,14 +169,15 @@ class Gts(nn.Module):
         else:
             state_RD = found[index, PREFIX + batch["query_token_R"]]
         users_RO, items_UO = self.user(state_RD), self.item(fused_UD)
-        log_q_U, candidate_C = batch["log_q_U"], batch["candidate_C"]
+        chance_U, candidate_C = batch["log_chance_U"], batch["candidate_C"]
         positive_R = batch["positive_R"]
-        own = (users_RO * items_UO[positive_R]).sum(-1, keepdim=True) * self.scale() - log_q_U[positive_R][:, None]
-        others = self.scale() * users_RO @ items_UO[candidate_C].T - log_q_U[candidate_C]
+        popular_U = self.prior.popular(self.constants["log_q_N"][batch["unique_U"]]) - chance_U
+        own = (users_RO * items_UO[positive_R]).sum(-1, keepdim=True) * self.scale() + popular_U[positive_R][:, None]
+        others = self.scale() * users_RO @ items_UO[candidate_C].T + popular_U[candidate_C]
         logits = torch.cat([own, others], dim=1)
-        if self.repeat is not None and len(batch["seen_query_S"]):
+        if self.config.repeats and len(batch["seen_query_S"]):
             at = (batch["seen_query_S"], batch["seen_column_S"])
-            logits = logits.index_put(at, self.repeated(batch["seen_SF"]), accumulate=True)
+            logits = logits.index_put(at, self.prior.repeated(batch["seen_SF"]), accumulate=True)
         logits = logits.index_put((batch["masked_query_X"], batch["masked_column_X"]), logits.new_tensor(-1e9))
         retrieve = F.cross_entropy(logits, torch.zeros_like(positive_R), reduction="sum")
         if not self.config.generation:
@@ -196,9 +194,10 @@ class Gts(nn.Module):
         candidates = fused_UD[batch["asked_PK"].flatten()]
         found = self.read(batch, x_BLD, rows, 1, candidates)
         logits = self.follows(self.last(batch, rows, found, True), candidates).view(count, width)
-        if self.repeat is None:
+        logits = logits + self.prior.popular(self.constants["log_q_N"][batch["unique_U"][batch["asked_PK"]]])
+        if not self.config.repeats:
             return logits
-        return logits + self.repeated(batch["asked_seen_PKF"]) * batch["asked_known_PK"]
+        return logits + self.prior.repeated(batch["asked_seen_PKF"]) * batch["asked_known_PK"]
 
     def follows(self, state_XD: Tensor, candidate_XD: Tensor) -> Tensor:
         """The logit (X,) of a candidate in front (its b^F) from the last state: a scalar head, and the match of that

@@ -21,7 +21,8 @@ from lum_ray.gts.behaviours import hidden_modalities
 from lum_ray.gts.collate import dense_targets, next_items, seen_items, token_arrays
 from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
 from lum_ray.gts.llm import Llm
-from lum_ray.gts.model import REPEAT_FEATURES, TERMS, Gts
+from lum_ray.gts.model import TERMS, Gts
+from lum_ray.gts.prior import FEATURES, repeat_features
 from lum_ray.gts.profiles import profile_rows
 from lum_ray.gts.queries import POSITIVE_SALT, Queries, end_tokens, unique_places
 from lum_ray.stage import Arrays, Batch
@@ -90,13 +91,12 @@ class GtsStage:
             "query_token_R": end_tokens(batch["group_BL"], queries),
             "positive_R": places(queries.positive),
             "candidate_C": places(candidate_items),
-            "log_q_U": np.log(np.maximum(chance_U, 1e-12)).astype(np.float32),
+            "log_chance_U": np.log(np.maximum(chance_U, 1e-12)).astype(np.float32),
             **queries.masked(candidate_items),
             **seen,
             "asked_sample_P": asked["asked_sample_P"],
             "asked_PK": places(asked["asked_items_PK"]),
-            "asked_seen_PKF": asked["asked_seen_PKF"],
-            "asked_known_PK": asked["asked_known_PK"],
+            **{name: asked[name] for name in ("asked_log_chance_PK", "asked_seen_PKF", "asked_known_PK")},
             "counts_K": np.array(counts, np.float64),
             "tokens": np.array(int(batch["length_B"].sum() + PREFIX * len(samples)), np.int64),
             "user": rows.user[samples.row],
@@ -127,7 +127,7 @@ class GtsStage:
         nothing: Arrays = {
             "seen_query_S": np.zeros(0, np.int64),
             "seen_column_S": np.zeros(0, np.int64),
-            "seen_SF": np.zeros((0, REPEAT_FEATURES), np.float32),
+            "seen_SF": np.zeros((0, FEATURES), np.float32),
         }
         if not self.config.repeats or not len(queries.sample):
             return nothing
@@ -136,7 +136,7 @@ class GtsStage:
         found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, groups, wanted)
         query = queries.find(found["query_sample_S"], found["query_group_S"])
         item = found["item_S"]
-        features = repeat_features(found["count_S"], found["since_S"], found["instants_S"])
+        features = self._features(found)
         asked = query >= 0
         own = asked & (item == queries.positive[np.maximum(query, 0)])
         column = np.searchsorted(candidate_items, item)
@@ -147,40 +147,59 @@ class GtsStage:
             "seen_SF": np.concatenate([features[own], features[among]]),
         }
 
+    def _features(self, found: dict[str, Int64]) -> npt.NDArray[np.float32]:
+        """The repeat features (S, F) of what `seen_items` found."""
+        log_q = self.inputs.arrays["log_q_N"][found["item_S"]]
+        return repeat_features(found["count_S"], found["since_S"], found["instants_S"], log_q)
+
+    def _had(self, rows: Rows, samples: Samples, batch: Arrays) -> Arrays:
+        """What each user had before the cut: `had_sample_S`, `had_item_S`, `had_SF`."""
+        found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, "last")
+        return {
+            "had_sample_S": found["query_sample_S"],
+            "had_item_S": found["item_S"],
+            "had_SF": self._features(found),
+        }
+
     def _asked(
         self, rows: Rows, samples: Samples, batch: Arrays, asking: Int64, target_row: Int64, target_item: Int64
     ) -> Arrays:
         """For each sample that is read as P: one of its targets, and K - 1 others that are none of them.
 
-        Half of the others are items that the user had, where there are some: these are what retrieval hands over.
+        Half of the others are items that the user had, where there are some: these are what retrieval hands over. The
+        chance of being asked is corrected for, so that P, too, learns the distribution of what comes next.
         """
         users, width = rows.user_hash[samples.row], self.config.candidates
-        found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, "last")
-        picked: list[Int64] = []
-        kept: list[int] = []
+        had = self._had(rows, samples, batch)
+        picked, chances = list[Int64](), list[npt.NDArray[np.float64]]()
+        kept = list[int]()
         for sample in asking.tolist():
             truth = target_item[target_row == sample]
             if not len(truth):
                 continue
-            keys = (self.seed, POSITIVE_SALT, users[sample], samples.cut[sample], samples.draw[sample])
-            own = found["item_S"][found["query_sample_S"] == sample]
-            own = np.setdiff1d(own, truth)
-            draw = share(mix(self.seed, CANDIDATE_SALT, users[sample], samples.cut[sample], np.arange(8 * width)))
-            others = np.searchsorted(np.cumsum(self.weight_N), draw * self.weight_N.sum())
-            others = others[~np.isin(others, truth)]
-            mine = own[(draw[: (width - 1) // 2] * len(own)).astype(np.int64)] if len(own) else own
-            rest = np.unique(np.concatenate([mine, others]), return_index=True)[1]
-            chosen = np.concatenate([mine, others])[np.sort(rest)][: width - 1]
-            if len(chosen) < width - 1:
+            key = (self.seed, users[sample], samples.cut[sample], samples.draw[sample], samples.step)
+            before = had["had_item_S"][had["had_sample_S"] == sample]
+            own = np.setdiff1d(before, truth)
+            half = (width - 1) // 2 if len(own) else 0
+            draw = share(mix(*key, CANDIDATE_SALT, np.arange(8 * width)))
+            mine = own[(draw[:half] * len(own)).astype(np.int64)]
+            others = np.searchsorted(np.cumsum(self.weight_N), draw[half:] * self.weight_N.sum())
+            found = np.concatenate([mine, others[~np.isin(others, truth)]])
+            found = found[np.sort(np.unique(found, return_index=True)[1])][: width - 1]
+            if len(found) < width - 1:
                 continue  # a catalogue without enough other items
-            positive = truth[int(mix(*keys) % np.uint64(len(truth)))]
-            picked.append(np.concatenate([[positive], chosen]))
+            positive = truth[int(mix(*key, POSITIVE_SALT) % np.uint64(len(truth)))]
+            items = np.concatenate([[positive], found])
+            chance = (width - 1 - half) * self.weight_N[items]
+            chances.append(chance + half / max(len(own), 1) * np.isin(items, before))
+            picked.append(items)
             kept.append(sample)
-        items = np.array(picked, np.int64).reshape(-1, width)
-        features, known = pair_features(found, np.array(kept, np.int64), items, self.inputs.count)
+        samples_P, items_PK = np.array(kept, np.int64), np.array(picked, np.int64).reshape(-1, width)
+        features, known = pair_features(had, samples_P, items_PK, self.inputs.count)
         return {
-            "asked_sample_P": np.array(kept, np.int64),
-            "asked_items_PK": items,
+            "asked_sample_P": samples_P,
+            "asked_items_PK": items_PK,
+            "asked_log_chance_PK": np.log(np.array(chances).reshape(-1, width)).astype(np.float32),
             "asked_seen_PKF": features,
             "asked_known_PK": known,
         }
@@ -213,17 +232,10 @@ class GtsStage:
     def questions(self, rows: Rows, samples: Samples) -> Arrays:
         """The batch that `scores` and `rerank` read: histories, and what each user had before. No target is in it."""
         batch = self.sequences(rows, samples)
-        found = seen_items(rows, samples, self.inputs.index_of, self.config.slot_minutes, batch, "last")
+        had = self._had(rows, samples, batch)
         unique_U, places = unique_places([batch["item_BL"]])
         item = batch.pop("item_BL")
-        return {
-            **batch,
-            "unique_U": unique_U,
-            "place_BL": np.where(item >= 0, places(item), 0),
-            "had_sample_S": found["query_sample_S"],
-            "had_item_S": found["item_S"],
-            "had_SF": repeat_features(found["count_S"], found["since_S"], found["instants_S"]),
-        }
+        return {**batch, **had, "unique_U": unique_U, "place_BL": np.where(item >= 0, places(item), 0)}
 
     def scores(
         self, batch: Batch, literal: torch.Tensor | None = None, state_BD: torch.Tensor | None = None
@@ -232,10 +244,11 @@ class GtsStage:
         `state_BD`: the `user_states`, if they are there already."""
         module = self.module
         users_BO = module.user(self.user_states(batch, literal) if state_BD is None else state_BD)
-        scores_BN = module.scale() * users_BO @ module.catalogue()[1].T
-        if module.repeat is not None and len(batch["had_sample_S"]):
+        popular_N = module.prior.popular(module.constants["log_q_N"])
+        scores_BN = module.scale() * users_BO @ module.catalogue()[1].T + popular_N
+        if self.config.repeats and len(batch["had_sample_S"]):
             at = (batch["had_sample_S"], batch["had_item_S"])
-            scores_BN = scores_BN.index_put(at, module.repeated(batch["had_SF"]), accumulate=True)
+            scores_BN = scores_BN.index_put(at, module.prior.repeated(batch["had_SF"]), accumulate=True)
         return scores_BN
 
     def user_states(self, batch: Batch, literal: torch.Tensor | None = None) -> torch.Tensor:
@@ -262,40 +275,28 @@ class GtsStage:
             candidates = fused_ND[flat[start : start + at_once]]
             found = module.read(batch, x_BLD, some, 1, candidates)
             parts.append(module.follows(module.last(batch, some, found, True), candidates))
-        logits = torch.cat(parts).view(count, width)
-        if module.repeat is None:
+        logits = torch.cat(parts).view(count, width) + module.prior.popular(module.constants["log_q_N"])[items_BK]
+        if not self.config.repeats:
             return logits
-        had = {name: batch[f"had_{name}"].cpu().numpy() for name in ("sample_S", "item_S", "SF")}
-        pairs = {"query_sample_S": had["sample_S"], "item_S": had["item_S"], "features": had["SF"]}
-        features, known = pair_features(pairs, np.arange(count), items_BK.cpu().numpy(), self.inputs.count)
+        had = {name: batch[name].cpu().numpy() for name in ("had_sample_S", "had_item_S", "had_SF")}
+        features, known = pair_features(had, np.arange(count), items_BK.cpu().numpy(), self.inputs.count)
         place = logits.device
-        return logits + module.repeated(torch.from_numpy(features).to(place)) * torch.from_numpy(known).to(place)
-
-
-def repeat_features(count: Int64, since: Int64, instants: Int64) -> npt.NDArray[np.float32]:
-    """(S, 3): log of how often, log of how many moments ago, log of the share of moments."""
-    share_of = np.log(count / np.maximum(instants, 1))
-    return np.stack([np.log1p(count), np.log(np.maximum(since, 1)), share_of], axis=1).astype(np.float32)
+        return logits + module.prior.repeated(torch.from_numpy(features).to(place)) * torch.from_numpy(known).to(place)
 
 
 def pair_features(
-    found: dict[str, npt.NDArray[Any]], sample_P: Int64, items_PK: Int64, count: int
+    had: Arrays, sample_P: Int64, items_PK: Int64, count: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """The repeat features (P, K, F) of (sample, item) pairs, and whether the user had the item (P, K) as 0 or 1."""
-    keys = found["query_sample_S"].astype(np.int64) * count + found["item_S"]
-    features = (
-        found["features"]
-        if "features" in found
-        else repeat_features(found["count_S"], found["since_S"], found["instants_S"])
-    )
+    keys = had["had_sample_S"].astype(np.int64) * count + had["had_item_S"]
+    if not len(keys):
+        return np.zeros((*items_PK.shape, FEATURES), np.float32), np.zeros(items_PK.shape, np.float32)
     order = np.argsort(keys, kind="stable")
     wanted = (sample_P[:, None] * count + items_PK).ravel()
-    place = np.minimum(np.searchsorted(keys[order], wanted), max(len(order) - 1, 0))
-    if not len(order):
-        return np.zeros((*items_PK.shape, REPEAT_FEATURES), np.float32), np.zeros(items_PK.shape, np.float32)
+    place = np.minimum(np.searchsorted(keys[order], wanted), len(order) - 1)
     known = keys[order][place] == wanted
-    values = np.where(known[:, None], features[order][place], 0.0)
+    values = np.where(known[:, None], had["had_SF"][order][place], 0.0)
     return (
-        values.reshape(*items_PK.shape, REPEAT_FEATURES).astype(np.float32),
+        values.reshape(*items_PK.shape, FEATURES).astype(np.float32),
         known.reshape(items_PK.shape).astype(np.float32),
     )

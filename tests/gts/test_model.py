@@ -121,13 +121,13 @@ def test_one_batch_can_be_learned_by_heart() -> None:
     stage = GtsStage(config, inputs, 140)
     batch = to_device(stage.collate(rows, samples_of(rows)), CPU)
     optimiser = torch.optim.Adam([p for group in stage.trainable() for p in group["params"]], lr=1e-2)
-    for _ in range(150):
+    for _ in range(300):
         optimiser.zero_grad()
         sums, counts = stage.loss(batch)
         means = sums / counts.clamp(min=1)
         means.sum().backward()
         optimiser.step()
-    assert means[0] < 0.1 and means[1] < 0.1 and means[2] < 0.6, means
+    assert means[0] < 0.1 and means[1] < 0.1 and means[2] < 0.4, means
 
 
 @pytest.mark.parametrize("how", ["full", "text", "component", "position", "none"])

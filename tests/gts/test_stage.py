@@ -6,7 +6,8 @@ from lum_ray.gts.align_stage import AlignStage
 from lum_ray.gts.behaviours import Behaviours
 from lum_ray.gts.config import GtsInputs
 from lum_ray.gts.inference import best, generate, rerank, without_seen
-from lum_ray.gts.stage import GtsStage, repeat_features
+from lum_ray.gts.prior import repeat_features
+from lum_ray.gts.stage import GtsStage
 from lum_ray.stage import Stage, to_device
 from tests.gts.world import inputs_of, rows_of, samples_of, tiny_config
 
@@ -133,7 +134,25 @@ def test_a_wide_beam_finds_the_exhaustive_probabilities() -> None:
 
 
 def test_repeat_features_by_hand() -> None:
-    found = repeat_features(np.array([1, 3]), np.array([1, 4]), np.array([4, 6]))
-    assert found == pytest.approx(
-        np.array([[np.log(2), 0.0, np.log(0.25)], [np.log(4), np.log(4), np.log(0.5)]]), abs=1e-6
+    found = repeat_features(np.array([1, 3]), np.array([1, 4]), np.array([4, 6]), np.array([-2.0, -3.0]))
+    expected = [[np.log(2), 0.0, np.log(0.25), -2.0], [np.log(4), np.log(4), np.log(0.5), -3.0]]
+    assert found == pytest.approx(np.array(expected), abs=1e-6)
+
+
+def test_before_training_scores_are_most_frequent_then_popular() -> None:
+    config = tiny_config()
+    inputs = inputs_of(config=config)
+    rows = rows_of(inputs, users=8, events=40)
+    stage = GtsStage(config, inputs, 140)
+    stage.module.eval()
+    torch.nn.init.zeros_(stage.module.user_out.weight)
+    torch.nn.init.zeros_(stage.module.user_out.bias)
+    batch = to_device(stage.questions(rows, samples_of(rows)), CPU)
+    scores = stage.scores(batch).detach()
+    log_q = torch.from_numpy(inputs.arrays["log_q_N"])
+    had = torch.zeros_like(scores, dtype=torch.bool).index_put(
+        (batch["had_sample_S"], batch["had_item_S"]), torch.tensor(True)
     )
+    assert torch.allclose(scores[~had], log_q.expand_as(scores)[~had])
+    share = batch["had_SF"][:, 2] - 0.1 * batch["had_SF"][:, 1] - 2.0
+    assert torch.allclose(scores[batch["had_sample_S"], batch["had_item_S"]], share, atol=1e-5)
