@@ -172,7 +172,7 @@ def node2vec(
     found = _walk(graph, np.repeat(np.flatnonzero(known_N), walks), length, p, q, np.random.default_rng(seed))
     vectors[known_N] = _skip_grams(found, np.flatnonzero(known_N), width, window, epochs, seed)
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norm > 0, norm, 1), known_N
+    return np.divide(vectors, norm, out=vectors, where=norm > 0), known_N
 
 
 def attraction(edges_M2: Int64, counts_M: npt.NDArray[np.floating[Any]], count: int) -> tuple[Int64, Float64]:

@@ -96,13 +96,14 @@ def fit_inputs(
     text_NE: npt.NDArray[np.float32],
     tree: Tree,
     found: Statistics,
+    edges: tuple[Int64, npt.NDArray[np.float64]],
     profiles: Mapping[str, Any],
     holidays: Int64,
     seed: int,
 ) -> GtsInputs:
-    """Everything that the model must know of the data. `profiles`: what `fit_profiles` gave."""
+    """Everything that the model must know of the data. `edges`: the graph; `profiles`: what `fit_profiles` gave."""
     count = len(items)
-    graph, known = node2vec(found.edges_M2, found.weights_M, count, width=config.graph_width, seed=seed)
+    graph, known = node2vec(*edges, count, width=config.graph_width, seed=seed)
     table = np.zeros((count, 0), np.float32)
     if numbers or categories:
         table = fit_table(numbers, categories, width=config.table_width, seed=seed).rows(numbers, categories)

@@ -37,7 +37,7 @@ from lum_ray.data.rows import Int64, Rows
 from lum_ray.data.schema import check_events
 from lum_ray.gts import sequences as tokenizer
 from lum_ray.gts.config import GtsConfig, GtsInputs
-from lum_ray.gts.encoders import embed_texts
+from lum_ray.gts.encoders import attraction, embed_texts
 from lum_ray.gts.fitting import Statistics, fit_inputs, fit_profiles, fit_tree, statistics
 from lum_ray.gts.semantic_ids import Tree, build_tree
 from lum_ray.gts.tree_quality import quality
@@ -102,7 +102,7 @@ def prepare_gts(run: Run, log: Log = silent) -> GtsPrepared:
 
     def counted() -> Statistics:
         if not found:
-            found.append(_counted(run, timelines, catalogue, until, log))
+            found.append(statistics(_training_rows(run, timelines), catalogue.index_of, len(catalogue), until))
         return found[0]
 
     tree = _tree(run, items, sequences, until, counted, catalogue, log)
@@ -110,25 +110,22 @@ def prepare_gts(run: Run, log: Log = silent) -> GtsPrepared:
     return GtsPrepared(sequences, items, tree, fitted)
 
 
-def _counted(run: Run, timelines: Timelines, catalogue: Catalogue, until: int, log: Log) -> Statistics:
-    """What the training users' events say of the items, and the graph: its table's edges, what users take together, or
-    both."""
-    found = statistics(_training_rows(run, timelines), catalogue.index_of, len(catalogue), until)
-    graph = run.data.graph
-    if graph is None or not graph.co_occurrence:
-        found = replace(found, edges_M2=np.zeros((0, 2), np.int64), weights_M=np.zeros(0))
+def _graph(
+    run: Run, catalogue: Catalogue, found: Statistics, until: int, log: Log
+) -> tuple[Int64, npt.NDArray[np.float64]]:
+    """The edges that Node2Vec walks on: what users take together, by how much more than chance; a table's; or both."""
+    graph, count = run.data.graph, len(catalogue)
+    edges, weights = np.zeros((0, 2), np.int64), np.zeros(0)
+    if graph is not None and graph.co_occurrence:
+        edges, weights = attraction(found.edges_M2, found.weights_M, count)
     if graph is None or graph.path is None:
-        return found
-    edges, rejects = read_edges(graph.path, run.data, catalogue, until)
+        return edges, weights
+    given, rejects = read_edges(graph.path, run.data, catalogue, until)
     log(
-        f"graph: {len(edges.pairs_M2):,} edges; left out: {edges.unknown:,} rows of unknown items, {edges.later:,} not "
+        f"graph: {len(given.pairs_M2):,} edges; left out: {given.unknown:,} rows of unknown items, {given.later:,} not "
         f"known before the cut, {rejects.num_rows:,} rejected"
     )
-    return replace(
-        found,
-        edges_M2=np.concatenate([found.edges_M2, edges.pairs_M2]),
-        weights_M=np.concatenate([found.weights_M, edges.weights_M]),
-    )
+    return np.concatenate([edges, given.pairs_M2]), np.concatenate([weights, given.weights_M])
 
 
 def _items(run: Run, uri: str, print_of: Any, log: Log) -> Artifact:
@@ -238,6 +235,7 @@ def _fitted(
         text_NE,
         ids,
         found,
+        _graph(run, catalogue, found, until, log),
         fit_profiles(_training_rows(run, timelines), *named, until),
         _holidays(country, timelines.start_day, timelines.end_day),
         run.seed,
