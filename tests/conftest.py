@@ -37,3 +37,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = catalog.read_run(raw)
     train(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_gts(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The preset `gts_tiny` on fewer users, trained by the local engine."""
+    from lum_ray import catalog, config, presets
+    from lum_ray.steps import train
+
+    raw = config.dump(presets.gts_tiny())
+    raw["data"]["source"]["options"] |= {"users": 60}
+    small = [f"root={tmp_path_factory.mktemp('tiny_gts')}", "data.engine=local", "gts.align_steps=2", "train.steps=4"]
+    run = catalog.read_run(config.override(raw, small))
+    train(run)
+    return run

@@ -32,8 +32,8 @@ def scores_by(
 
     Departs: a user without an event of a known item gets the log of each item's share of the training events instead
     of the model's scores. Training has no such history (its cuts come after a first event, unless the users have a
-    day of registration), so the state at the end of the prefix alone would be noise; and the scores of R, which are
-    corrected for how often an item is drawn, fall to just that log share where nothing is known of the user.
+    day of registration), so the state at the end of the prefix alone would be noise on top of the prior; and that log
+    share is where the prior starts from.
     """
     state_BD = stage.user_states(batch) if state_BD is None else state_BD
     scores_BN = (
@@ -95,7 +95,7 @@ def without_seen(scores_BN: Tensor, batch: Batch) -> Tensor:
 def rerank(stage: GtsStage, batch: Batch, items_BK: Int64, scores_BK: Floats, count: int) -> tuple[Int64, Floats]:
     """The list with its first `count` items in the order of reading P; the others stay behind them, as R has them.
 
-    Scores: 1 + P's probability for what was asked, R's squashed below 1 for the rest, so that they fall with rank.
+    Scores: 1 + P's share of each among those asked, R's squashed below 1 for the rest, so that they fall with rank.
     A list of a user without an event of a known item stays as it is: see `scores_by`.
     """
     count = min(count, items_BK.shape[1])
@@ -104,7 +104,8 @@ def rerank(stage: GtsStage, batch: Batch, items_BK: Int64, scores_BK: Floats, co
     logit = stage.propensities(batch, asked).cpu().numpy()
     logit = np.where(head >= 0, logit, -np.inf)
     order = np.argsort(-logit, axis=1, kind="stable")
-    top = 1 + 1 / (1 + np.exp(-np.take_along_axis(logit, order, axis=1)))
+    chance = np.exp(logit - logit.max(axis=1, keepdims=True))
+    top = 1 + np.take_along_axis(chance / chance.sum(axis=1, keepdims=True), order, axis=1)
     rest = 1 / (1 + np.exp(-scores_BK[:, count:]))
     first = np.take_along_axis(head, order, axis=1)
     scores = np.concatenate([np.where(first >= 0, top, np.nan), rest], axis=1).astype(np.float32)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lum_ray.artifacts import UserError
 from lum_ray.config import Run
 from lum_ray.steps import evaluate as _evaluate
 from lum_ray.steps import gts_evaluate as _gts_evaluate
+from lum_ray.steps import gts_predict as _gts_predict
 from lum_ray.steps import gts_prepare as _gts_prepare
 from lum_ray.steps import gts_train as _gts_train
 from lum_ray.steps import predict as _predict
@@ -45,23 +45,15 @@ def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Any:
 
 
 def predict(run: Run, *args: Any, **keywords: Any) -> str:
-    """Predict every user's coming days into files; see `steps.predict`."""
-    _only_lumos(run, "predict")
-    return _predict.predict(run, *args, **keywords)
+    """Predict for every user into files: coming days (see `steps.predict`), or lists of items (`steps.gts_predict`)."""
+    return (_gts_predict.predict_gts if run.model == "gts" else _predict.predict)(run, *args, **keywords)
 
 
 def publish(run: Run, log: Log = silent) -> str:
     """Write the snapshot of histories that a server looks users up in; see `steps.predict`."""
-    _only_lumos(run, "publish")
-    return _predict.publish(run, log)
+    return (_gts_predict.publish_gts if run.model == "gts" else _predict.publish)(run, log)
 
 
 def open_predictor(run: Run, *args: Any, **keywords: Any) -> Any:
-    """The run's predictor with its published histories; see `steps.predict`."""
-    _only_lumos(run, "serve")
-    return _predict.open_predictor(run, *args, **keywords)
-
-
-def _only_lumos(run: Run, verb: str) -> None:
-    if run.model != "lumos":
-        raise UserError(f"{verb}: {run.name} is a run of GTS-LUM, which has no `{verb}` yet; use `evaluate`")
+    """The run's predictor with its published histories: `lumos.predictor.Predictor` or `gts.predictor.Predictor`."""
+    return (_gts_predict.open_predictor_gts if run.model == "gts" else _predict.open_predictor)(run, *args, **keywords)

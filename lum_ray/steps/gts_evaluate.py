@@ -19,7 +19,7 @@ from lum_ray.evaluation.ranking import evaluate_rankings, read_rankings
 from lum_ray.evaluation.ranking_baselines import BASELINES, Popularity, baseline_rankings, targets_facts
 from lum_ray.evaluation.ranking_files import ranking_table, targets_table, write_rankings, write_targets
 from lum_ray.gts.collate import next_items
-from lum_ray.gts.inference import best, generate, rerank, without_seen
+from lum_ray.gts.inference import best, rerank, scores_by, without_seen
 from lum_ray.gts.predictor import load_stage, record_of
 from lum_ray.gts.stage import GtsStage
 from lum_ray.stage import Arrays, to_device
@@ -29,8 +29,7 @@ from lum_ray.steps.gts_train import train_gts
 from lum_ray.steps.prepare import Log, cut_plan, silent
 
 BATCH = 128
-BEAM = 64
-RANKING_VERSION = 1
+RANKING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,15 @@ def _ours(run: Run, prepared: GtsPrepared, checkpoint: str, stage: GtsStage, max
         users, cuts = rows.user[samples.row], samples.cut
         lists = {}
         with torch.no_grad():
-            scores = stage.scores(batch)
+            state = stage.user_states(batch)
+            scores = scores_by(stage, batch, "retrieve", state)
             items, values = best(scores, depth)
             lists["retrieve", False] = items, values
             lists["retrieve", True] = best(without_seen(scores, batch), depth)
             if run.section.reads_targets and run.section.rerank:
                 lists["rerank", False] = rerank(stage, batch, items, values, run.section.rerank)
             if run.section.generation:
-                written = generate(stage, stage.user_states(batch), BEAM)
+                written = scores_by(stage, batch, "generate", state)
                 lists["generate", False] = best(written, depth)
                 lists["generate", True] = best(without_seen(written, batch), depth)
         tables = [

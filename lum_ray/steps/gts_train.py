@@ -29,6 +29,8 @@ from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 
+MODEL_VERSION = 2
+"""Part of every checkpoint's digest: raise it whenever the same settings make another network."""
 BATCH = 128
 CUTOFFS = (5, 10)
 METRICS = ("eval/recall_5", "eval/recall_10", "eval/ndcg_10", "eval/mrr")
@@ -40,7 +42,7 @@ ALIGN_FIELDS = ("modalities", "fusion", "width", "heads", "layers", "queries", "
 def checkpoint_uri(run: Run, prepared: GtsPrepared) -> str:
     """Where the run's checkpoint is: named by what shapes it."""
     shaping = {name: value for name, value in asdict(run.train).items() if name not in NOT_SHAPING}
-    name = digest(prepared.fitted.manifest["digest"], run.split, run.section, shaping, run.seed)
+    name = digest(MODEL_VERSION, prepared.fitted.manifest["digest"], run.split, run.section, shaping, run.seed)
     return join(run.root, "checkpoints", f"{run.name}-{name}")
 
 
@@ -48,7 +50,7 @@ def align_uri(run: Run, prepared: GtsPrepared) -> str:
     """Where Phase I's checkpoint is; what Phase II alone reads does not rename it."""
     train = {name: value for name, value in asdict(run.train).items() if name not in (*NOT_SHAPING, "steps")}
     section = {name: getattr(run.section, name) for name in ALIGN_FIELDS}
-    name = digest("align", prepared.fitted.manifest["digest"], run.split, section, train, run.seed)
+    name = digest("align", MODEL_VERSION, prepared.fitted.manifest["digest"], run.split, section, train, run.seed)
     return join(run.root, "checkpoints", f"{run.name}-align-{name}")
 
 

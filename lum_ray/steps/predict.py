@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lum_ray import catalog, config, weights
-from lum_ray.artifacts import UserError, commit, digest, find, join, read_json, write_table
+from lum_ray.artifacts import Artifact, UserError, commit, digest, find, join, read_json, write_table
 from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -32,12 +32,16 @@ BATCH = 512
 
 def publish(run: Run, log: Log = silent) -> str:
     """Write the snapshot of histories that a server looks users up in, and return its URI."""
-    prepared = prepare(run, log)
-    manifest = prepared.timelines.manifest
+    return published(run, prepare(run, log).timelines, log)
+
+
+def published(run: Run, histories: Artifact, log: Log) -> str:
+    """The snapshot of `histories` (timelines or sequences), written where it is not there yet."""
+    manifest = histories.manifest
     uri = join(run.root, "state", str(manifest["digest"]))
     if find(uri) is None:
         log("publishing histories")
-        timelines = Timelines.open(prepared.timelines.uri)
+        timelines = Timelines.open(histories.uri)
         buckets = np.flatnonzero(timelines.bucket_users).tolist()
         write_state(
             uri,
