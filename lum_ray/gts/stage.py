@@ -77,7 +77,7 @@ class GtsStage:
         extra = [candidate_items, queries.positive, asked["asked_items_PK"].ravel()]
         unique_U, places = unique_places([batch["item_BL"], *extra, *([literal] if literal is not None else [])])
         batch["place_BL"] = np.where(batch["item_BL"] >= 0, places(batch.pop("item_BL")), 0)
-        chance_U = -np.expm1(config.negatives * np.log1p(-self.weight_N[unique_U]))  # of being among the negatives
+        missed_U = np.maximum(1 - self.weight_N[unique_U], 0.0) ** config.negatives  # chance of not being a negative
         seen = self._seen(rows, samples, batch, queries, candidate_items)
         count = len(queries.sample)
         counts = [count, len(asked["asked_sample_P"]), count if config.generation else 0]
@@ -91,7 +91,7 @@ class GtsStage:
             "query_token_R": end_tokens(batch["group_BL"], queries),
             "positive_R": places(queries.positive),
             "candidate_C": places(candidate_items),
-            "log_chance_U": np.log(np.maximum(chance_U, 1e-12)).astype(np.float32),
+            "log_chance_U": np.log(np.maximum(1 - missed_U, 1e-12)).astype(np.float32),
             **queries.masked(candidate_items),
             **seen,
             "asked_sample_P": asked["asked_sample_P"],

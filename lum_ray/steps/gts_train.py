@@ -226,7 +226,8 @@ def _validation(
             ):  # fmt: skip
                 target = next_items(rows, samples, stage.inputs.index_of, until)
                 scores = stage.scores(to_device(arrays, worker.device)).float().cpu().numpy()
-                found = basket_metrics(ranks_of(scores, target), target[0], len(samples), scores.shape[1], CUTOFFS)
+                depth = max(scores.shape[1], *CUTOFFS)
+                found = basket_metrics(ranks_of(scores, target), target[0], len(samples), depth, CUTOFFS)
                 parts.append({name: found[name][np.isin(np.arange(len(samples)), target[0])] for name in METRICS})
         mine = {name: np.concatenate([part[name] for part in parts]) if parts else np.zeros(0) for name in METRICS}
         gathered = gather_columns(mine)
