@@ -167,6 +167,24 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    run: RunFile,
+    root: Root = None,
+    set_: Set = None,
+    max_users: Annotated[int, typer.Option(min=2, help="a stable sample of the test users")] = 200,
+) -> None:
+    """Look for leaks from the future: what must not change a forecast is changed. Exit code 1 if a check is LEAKY."""
+    from lum_ray.steps.audit import audit as step
+
+    found = step(load(run, root, set_), say, max_users)
+    print_audit(found.checks)
+    if found.leaky:
+        console.print(f"[bold red]LEAKY[/] {_plain(', '.join(found.leaky))}", highlight=False, soft_wrap=True)
+    done(found.uri)
+    raise typer.Exit(1 if found.leaky else 0)
+
+
+@app.command()
 def predict(
     run: RunFile,
     root: Root = None,
@@ -285,12 +303,14 @@ RANKINGS = ("recall_5", "recall_10", "recall_50", "recall_200", "ndcg_5", "ndcg_
 
 
 def print_rankings(run: config.Run, table: Any) -> None:
-    """The headline metrics of every model and reading over all test baskets, on stderr; best first by recall at 10."""
+    """The headline metrics of every model and reading over all test baskets, on stderr; best first by MRR."""
     rows = table.to_pylist()
     found = {(row["model"], row["reading"], row["subset"], row["metric"].removeprefix("eval/")): row for row in rows}
-    who = sorted({key[:2] for key in found}, key=lambda key: -found[(*key, "all", "recall_10")]["value"])
+    who = sorted({key[:2] for key in found}, key=lambda key: -found[(*key, "all", "mrr")]["value"])
     extra = [("repeat", "recall_10"), ("explore", "recall_10")]
-    shown = Table("model", *RANKINGS, *(f"{subset} {metric}" for subset, metric in extra), box=None, header_style="bold")
+    shown = Table(
+        "model", *RANKINGS, *(f"{subset} {metric}" for subset, metric in extra), box=None, header_style="bold"
+    )
     for key in who:
         cells = []
         for subset, metric in [*(("all", metric) for metric in RANKINGS), *extra]:
@@ -300,9 +320,21 @@ def print_rankings(run: config.Run, table: Any) -> None:
         name = f"{key[0]}: {key[1]}" if key[1] != "baseline" else key[0]
         shown.add_row(f"[bold]{name}[/]" if key[0] == run.name else name, *cells)
     console.print(shown)
-    ceiling = next((row["value"] for row in rows if row["metric"] == "eval/recall_ceiling_5" and row["subset"] == "all"), None)
+    ceiling = next(
+        (row["value"] for row in rows if row["metric"] == "eval/recall_ceiling_5" and row["subset"] == "all"), None
+    )
     if ceiling is not None:
         say(f"ceiling of recall_5: {ceiling:.4f} (baskets have more than five items)")
+
+
+def print_audit(checks: Any) -> None:
+    """The leak battery, a row a check, on stderr."""
+    colour = {"ok": "green", "LEAKY": "bold red", "not applicable": "dim"}
+    shown = Table("check", "what was compared", "figure", "bar", "verdict", box=None, header_style="bold")
+    for check in checks:
+        cells = map(_plain, (check.name, check.compared, check.figure, check.bar))
+        shown.add_row(*cells, f"[{colour[check.verdict]}]{check.verdict}[/]")
+    console.print(shown)
 
 
 def print_cohorts(table: Any) -> None:

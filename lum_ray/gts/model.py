@@ -63,7 +63,8 @@ class Gts(nn.Module):
         self.target = nn.Parameter(torch.randn(llm.width) * small)
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
         self.user_out, self.item_out = (nn.Linear(llm.width, config.output_width) for _ in range(2))
-        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # DeepSpeed has no scalars
+        # Departs: 1 / .07 is usual where the cosine is all; here it joins a prior. (DeepSpeed has no scalars.)
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(5.0)))
         self.prior = Prior(config.repeats)
         self.constants = Constants({"log_q_N": torch.from_numpy(inputs.arrays["log_q_N"])}, persistent=False)
         self.propensity = MLP(llm.width, config.output_width, 1, 1)
