@@ -149,7 +149,7 @@ class GtsConfig:
 
 
 PREFIX = 3
-"""Places in front of the behaviours: target (or its absence), task, profile."""
+"""Places in front of the behaviours: task, target (or its absence), profile."""
 
 
 @dataclass(frozen=True)

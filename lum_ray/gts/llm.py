@@ -60,7 +60,9 @@ def load(config: GtsConfig) -> Llm:
         shape = RANDOM[config.llm] | ({"num_hidden_layers": config.keep_layers} if config.keep_layers else {})
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            decoder = LlamaModel(LlamaConfig(vocab_size=8, **shape))
+            # the usual .02 leaves a narrow, frozen network without any effect on what passes through it
+            spread = 1 / math.sqrt(shape["hidden_size"])
+            decoder = LlamaModel(LlamaConfig(vocab_size=8, initializer_range=spread, **shape))
         rms, words, tokenizer = 1.0, None, None
     else:
         place = _place(config.llm)

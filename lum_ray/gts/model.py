@@ -96,12 +96,16 @@ class Gts(nn.Module):
         return x.masked_fill((kind == 0)[..., None], 0.0)
 
     def prefix(self, batch: Batch, rows: Tensor, task: int, target_D: Tensor | None) -> Tensor:
-        """(B', 3, D): the target or its absence, the task, the profile, for the samples `rows`."""
+        """(B', 3, D): the task, the target or its absence, the profile, for the samples `rows`.
+
+        Departs: the target comes second. Trained LLMs make the first place an attention sink, whose content hardly
+        reaches the places after it.
+        """
         count = len(rows)
         nothing = self.tasks.weight[3].expand(count, -1)
         front = nothing if target_D is None else target_D + self.target
         profile = self.profile(batch["profile_BP"][rows].to(self.profile.weight.dtype))
-        return torch.stack([front.to(profile.dtype), self.tasks.weight[task].expand(count, -1), profile], dim=1)
+        return torch.stack([self.tasks.weight[task].expand(count, -1), front.to(profile.dtype), profile], dim=1)
 
     def read(self, batch: Batch, x_BLD: Tensor, rows: Tensor, task: int, target_D: Tensor | None = None) -> Tensor:
         """States (B', 3 + L (+ 1), D) of the samples `rows`; `target_D` stands in front, or behind the last token."""

@@ -110,7 +110,7 @@ def prepare_gts(run: Run, log: Log = silent) -> GtsPrepared:
     return GtsPrepared(sequences, items, tree, fitted)
 
 
-def _graph(
+def graph_edges(
     run: Run, catalogue: Catalogue, found: Statistics, until: int, log: Log
 ) -> tuple[Int64, npt.NDArray[np.float64]]:
     """The edges that Node2Vec walks on: what users take together, by how much more than chance; a table's; or both."""
@@ -235,7 +235,7 @@ def _fitted(
         text_NE,
         ids,
         found,
-        _graph(run, catalogue, found, until, log),
+        graph_edges(run, catalogue, found, until, log),
         fit_profiles(_training_rows(run, timelines), *named, until),
         _holidays(country, timelines.start_day, timelines.end_day),
         run.seed,

@@ -29,12 +29,14 @@ from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 
-MODEL_VERSION = 3
+MODEL_VERSION = 5
 """Part of every checkpoint's digest: raise it whenever the same settings make another network."""
 BATCH = 128
 CUTOFFS = (5, 10)
 METRICS = ("eval/recall_5", "eval/recall_10", "eval/ndcg_10", "eval/mrr")
 NOT_SHAPING = ("workers", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
+OF_PHASE_2 = ("project", "norm", "fitted")
+"""Parts of the behaviours that Phase I does not train."""
 ALIGN_FIELDS = ("modalities", "fusion", "width", "heads", "layers", "queries", "dropout", "branching", "output_width",
                 "align_steps", "align_tasks", "align_group", "window", "text_tokens", "slot_minutes")  # fmt: skip
 
@@ -181,6 +183,7 @@ def _loop(
     stage = make_stage(run, prepared, fit_until(run, timelines.end_day))
     if aligned is not None:
         take_aligned(stage, aligned)
+    stage.module.behaviours.calibrate()
     loader = _loader(run, timelines, stage.collate, worker)
     try:
         return train_loop(stage, loader, _validation(run, timelines, stage, worker), run.train, uri, worker)
@@ -195,10 +198,10 @@ def take_aligned(stage: GtsStage, aligned: str) -> None:
     found = {
         name.removeprefix(prefix): value
         for name, value in weights.load(aligned).tensors.items()
-        if name.startswith(prefix) and not name.startswith((f"{prefix}project", f"{prefix}norm"))
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(OF_PHASE_2)
     }
     missing, unexpected = own.load_state_dict(found, strict=False)
-    wrong = [name for name in missing if not name.startswith(("project", "norm"))] + list(unexpected)
+    wrong = [name for name in missing if not name.startswith(OF_PHASE_2)] + list(unexpected)
     if wrong:
         raise UserError(f"{aligned}: Phase I of another shape, it lacks or adds {', '.join(wrong[:5])}; use --fresh")
 

@@ -39,7 +39,7 @@ def test_where_a_target_reaches(position: str) -> None:
     for row, length in enumerate(batch["length_B"].tolist()):
         changed = (one[row] - two[row]).abs().amax(dim=1) > 1e-6
         if position == "front":
-            assert changed[: PREFIX + length].all()
+            assert changed[1 : PREFIX + length].all() and not changed[0]  # the task stands before it
         else:
             assert changed[PREFIX + length] and not changed[: PREFIX + length].any()
 
