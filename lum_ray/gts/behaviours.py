@@ -109,7 +109,7 @@ class Behaviours(nn.Module):
         self.eval()
         count = len(self.constants["collision_N"])
         all_items = torch.arange(count, device=self.fitted["center_F"].device)
-        gathered = torch.cat([self.gathered(part) for part in all_items.split(at_once)]).float()
+        gathered = torch.cat([self.gathered(part) for part in torch.split(all_items, at_once)]).float()
         self.fitted["center_F"].copy_(gathered.mean(dim=0))
         self.fitted["spread_F"].copy_(gathered.std(dim=0, correction=0).clamp(min=1e-3))
         self.train(was)

@@ -105,9 +105,13 @@ def fit_inputs(
     count = len(items)
     graph, known = node2vec(*edges, count, width=config.graph_width, seed=seed)
     table = np.zeros((count, 0), np.float32)
+    had = np.flatnonzero(found.count_N)  # what only came later shapes nothing
     if numbers or categories:
-        table = fit_table(numbers, categories, width=config.table_width, seed=seed).rows(numbers, categories)
-    known_words = vocabulary(texts)
+        known_numbers = {name: column[had] for name, column in numbers.items()}
+        known_categories = {name: column[had] for name, column in categories.items()}
+        fitted = fit_table(known_numbers, known_categories, width=config.table_width, seed=seed)
+        table = fitted.rows(numbers, categories)
+    known_words = vocabulary([texts[item] for item in had.tolist()])
     share_N = (found.count_N + SMOOTHING) / (found.count_N + SMOOTHING).sum()
     return GtsInputs(
         items=tuple(items),

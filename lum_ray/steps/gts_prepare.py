@@ -44,7 +44,7 @@ from lum_ray.gts.tree_quality import quality
 from lum_ray.steps.prepare import Log, cut_plan, fit_until, raw_items, raw_tables, silent
 from lum_ray.steps.session import start_ray
 
-FITTED_VERSION = 2
+FITTED_VERSION = 3
 HOLIDAYS_AHEAD_DAYS = 366
 
 

@@ -78,9 +78,9 @@ def test_bad_input_is_named_before_anything_starts(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="slot_minutes: expected a divisor of 1440"):
         run("gts.slot_minutes=7")
-    with pytest.raises(UserError, match="data.events.item: missing"):
+    with pytest.raises(UserError, match=r"data\.events\.item: missing"):
         run("data.events.item=null")
-    with pytest.raises(UserError, match="data.items: missing"):
+    with pytest.raises(UserError, match=r"data\.items: missing"):
         run("data.items=null")
     with pytest.raises(UserError, match="missing column `title`"):
         prepare(run("data.items.text=[title]"))
