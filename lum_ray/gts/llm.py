@@ -25,10 +25,13 @@ from lum_ray.gts.config import GtsConfig
 RANDOM: dict[str, dict[str, Any]] = {
     "random": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
                "num_key_value_heads": 1},
+    "random-small": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "num_key_value_heads": 4},
     "random-tinyllama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
                          "num_attention_heads": 32, "num_key_value_heads": 4},
 }  # fmt: skip
-"""Llamas with random weights, by name: a tiny one for tests, one of TinyLlama's shape for benchmarks."""
+"""Llamas with random weights, by name: a tiny one for tests, a small one for the planted world, one of TinyLlama's shape
+for benchmarks."""
 
 
 @dataclass(frozen=True)

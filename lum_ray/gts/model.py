@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lum_ray.gts.behaviours import Behaviours
-from lum_ray.gts.collate import DESCRIPTOR, SEP
+from lum_ray.gts.collate import BEHAVIOUR, DESCRIPTOR, PAD, SEP
 from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
 from lum_ray.gts.intervals import DESCRIPTORS, GAPS, descriptor_text
 from lum_ray.gts.llm import Llm, load, states
@@ -41,6 +41,8 @@ from lum_ray.nn import MLP, Constants
 Batch = Mapping[str, Tensor]
 TERMS = ("retrieve", "propensity", "generate")
 MAX_GROUPS = 256
+QUICKER = 10.0
+"""How much faster than other parameters the temperature learns: at their rate a short run would never change it."""
 
 
 class Gts(nn.Module):
@@ -64,7 +66,7 @@ class Gts(nn.Module):
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
         self.user_out, self.item_out = (nn.Linear(llm.width, config.output_width) for _ in range(2))
         # Departs: 1 / .07 is usual where the cosine is all; here it joins a prior. (DeepSpeed has no scalars.)
-        self.log_scale = nn.Parameter(torch.full((1,), math.log(5.0)))
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(7.0) / QUICKER))
         self.prior = Prior(config.repeats)
         self.constants = Constants({"log_q_N": torch.from_numpy(inputs.arrays["log_q_N"])}, persistent=False)
         self.propensity = MLP(llm.width, config.output_width, 1, 1)
@@ -84,16 +86,32 @@ class Gts(nn.Module):
     # the sequence
 
     def tokens(self, batch: Batch, fused_UD: Tensor) -> Tensor:
-        """The embedded tokens (B, L, D), without a prefix. Source: GTS-LUM, timestamp processing."""
+        """The embedded tokens (B, L, D), without a prefix. Source: GTS-LUM, timestamp processing.
+
+        Departs: [SEP] carries what its slot held, the mean of its behaviours, its descriptor and its time ID, because
+        states are read off there, and a few frozen layers bring little of it along by attention alone.
+        """
         kind, how = batch["kind_BL"], self.config.timestamps
-        x = F.embedding(batch["place_BL"], fused_UD)
+        behaviour = (kind == BEHAVIOUR)[..., None]
+        x = F.embedding(batch["place_BL"], fused_UD) * behaviour
+        descriptor = self.descriptors(batch["descriptor_BL"]).to(x.dtype) * (kind == DESCRIPTOR)[..., None]
+        if how in ("full", "text"):
+            held = self._of_group(batch, x) / self._of_group(batch, behaviour.to(x.dtype)).clamp(min=1)
+            closing = held + self._of_group(batch, descriptor) + self.tasks.weight[2]
+            x = x + descriptor + closing * (kind == SEP)[..., None]
         if how in ("full", "component"):
-            x = x + self.slots(batch["slot_BL"]) + self.gaps(batch["gap_BL"])
+            time = self.slots(batch["slot_BL"]) + self.gaps(batch["gap_BL"])
+            x = x + time * (kind != DESCRIPTOR)[..., None]
         if self.groups is not None:
             x = x + self.groups(batch["group_BL"].clamp(0, MAX_GROUPS - 1))
-        x = torch.where((kind == DESCRIPTOR)[..., None], self.descriptors(batch["descriptor_BL"]).to(x.dtype), x)
-        x = torch.where((kind == SEP)[..., None], self.tasks.weight[2].to(x.dtype), x)
-        return x.masked_fill((kind == 0)[..., None], 0.0)
+        return x.masked_fill((kind == PAD)[..., None], 0.0)
+
+    @staticmethod
+    def _of_group(batch: Batch, x_BLD: Tensor) -> Tensor:
+        """For each token the sum of `x_BLD` over its group (B, L, D)."""
+        group = batch["group_BL"].clamp(min=0)[..., None].expand(-1, -1, x_BLD.shape[2])
+        sums = x_BLD.new_zeros(len(x_BLD), x_BLD.shape[1], x_BLD.shape[2]).scatter_add(1, group, x_BLD)
+        return sums.gather(1, group)
 
     def prefix(self, batch: Batch, rows: Tensor, task: int, target_D: Tensor | None) -> Tensor:
         """(B', 3, D): the task, the target or its absence, the profile, for the samples `rows`.
@@ -150,7 +168,7 @@ class Gts(nn.Module):
 
     def scale(self) -> Tensor:
         """The learned inverse temperature, within [1, 100]."""
-        return self.log_scale.float().clamp(0.0, math.log(100.0)).exp()
+        return (QUICKER * self.log_scale.float()).clamp(0.0, math.log(100.0)).exp()
 
     def losses(self, batch: Batch) -> Tensor:
         """The sums (3,) of the terms over the batch: see TERMS."""
