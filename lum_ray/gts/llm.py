@@ -30,8 +30,8 @@ RANDOM: dict[str, dict[str, Any]] = {
     "random-tinyllama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
                          "num_attention_heads": 32, "num_key_value_heads": 4},
 }  # fmt: skip
-"""Llamas with random weights, by name: a tiny one for tests, a small one for the planted world, one of TinyLlama's shape
-for benchmarks."""
+"""Llamas with random weights, by name: a tiny one for tests, a small one to try things on, one of TinyLlama's shape for
+benchmarks."""
 
 
 @dataclass(frozen=True)

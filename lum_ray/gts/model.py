@@ -41,8 +41,6 @@ from lum_ray.nn import MLP, Constants
 Batch = Mapping[str, Tensor]
 TERMS = ("retrieve", "propensity", "generate")
 MAX_GROUPS = 256
-QUICKER = 10.0
-"""How much faster than other parameters the temperature learns: at their rate a short run would never change it."""
 
 
 class Gts(nn.Module):
@@ -57,6 +55,7 @@ class Gts(nn.Module):
         self.behaviours = Behaviours(config, inputs, llm.width, llm.rms)
         words = llm.mean_of_words([descriptor_text(code) for code in range(DESCRIPTORS)])
         self.descriptors = _started(words, frozen=config.timestamps == "text")
+        self.moods = _table(DESCRIPTORS, llm.width, 1.0) if config.timestamps == "full" else None
         small = llm.rms * 0.1
         self.slots, self.gaps = _table(config.slots, llm.width, small), _table(GAPS, llm.width, small)
         self.groups = _table(MAX_GROUPS, llm.width, small) if config.timestamps == "position" else None
@@ -64,15 +63,18 @@ class Gts(nn.Module):
         self.tasks = _started(named)  # retrieve, propensity, [SEP], no target
         self.target = nn.Parameter(torch.randn(llm.width) * small)
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
-        self.user_out, self.item_out = (nn.Linear(llm.width, config.output_width) for _ in range(2))
-        # Departs: 1 / .07 is usual where the cosine is all; here it joins a prior. (DeepSpeed has no scalars.)
-        self.log_scale = nn.Parameter(torch.full((1,), math.log(7.0) / QUICKER))
+        self.user_out = nn.Linear(2 * llm.width, config.output_width)
+        # without a bias: it would be most of every item's direction, since b^F is as small as the LLM's words
+        self.item_out = nn.Linear(llm.width, config.output_width, bias=False)
+        self.own_norm = nn.LayerNorm(llm.width)
+        self.log_scale = nn.Parameter(torch.zeros(1))  # DeepSpeed has no scalars
         self.prior = Prior(config.repeats)
         self.constants = Constants({"log_q_N": torch.from_numpy(inputs.arrays["log_q_N"])}, persistent=False)
-        self.propensity = MLP(llm.width, config.output_width, 1, 1)
+        self.propensity = MLP(2 * llm.width, config.output_width, 1, 1)
         levels = inputs.arrays["paths_ND"].shape[1]
-        self.digits = nn.ModuleList(MLP(llm.width, config.output_width, 1, config.branching) for _ in range(levels))
-        self.prefixes = nn.Embedding(self.behaviours.nodes.num_embeddings, llm.width)
+        heads = (MLP(2 * llm.width, config.output_width, 1, config.branching) for _ in range(levels))
+        self.digits = nn.ModuleList(heads)
+        self.prefixes = nn.Embedding(self.behaviours.nodes.num_embeddings, 2 * llm.width)
         nn.init.zeros_(self.prefixes.weight)
 
     def parameter_groups(self) -> list[dict[str, object]]:
@@ -98,6 +100,9 @@ class Gts(nn.Module):
         if how in ("full", "text"):
             held = self._of_group(batch, x) / self._of_group(batch, behaviour.to(x.dtype)).clamp(min=1)
             closing = held + self._of_group(batch, descriptor) + self.tasks.weight[2]
+            if self.moods is not None:
+                code = self._of_group(batch, batch["descriptor_BL"][..., None])[..., 0]
+                closing = closing + held * self.moods(code)
             x = x + descriptor + closing * (kind == SEP)[..., None]
         if how in ("full", "component"):
             time = self.slots(batch["slot_BL"]) + self.gaps(batch["gap_BL"])
@@ -135,17 +140,28 @@ class Gts(nn.Module):
             x = x.scatter(1, place, (target_D + self.target).to(x.dtype)[:, None])
         return states(self.decoder, x)
 
-    def last(self, batch: Batch, rows: Tensor, states_BLD: Tensor, with_target: bool) -> Tensor:
-        """The state of the last token that is no pad (B', D)."""
+    def ends(self, x_BLD: Tensor, rows: Tensor, token: Tensor, states_XD: Tensor) -> Tensor:
+        """What is read off (X, 2 D): the LLM's state, and the token itself that stood there (-1: the profile's).
+
+        Departs: a frozen LLM's state says what came before far more softly than the token, which holds the last slot.
+        """
+        own = self.own_norm(x_BLD[rows, token.clamp(min=0)]) * (token >= 0)[:, None]
+        return torch.cat([states_XD, own.to(states_XD.dtype)], dim=-1)
+
+    def last(self, batch: Batch, x_BLD: Tensor, rows: Tensor, states_BLD: Tensor, with_target: bool) -> Tensor:
+        """`ends` at the last token that is no pad (B', 2 D)."""
         behind = with_target and self.config.target_position == "end"
-        place = PREFIX + batch["length_B"][rows] - (0 if behind else 1)
-        return states_BLD[torch.arange(len(rows), device=place.device), place]
+        token = batch["length_B"][rows] - 1
+        found = states_BLD[torch.arange(len(rows), device=token.device), PREFIX + token + int(behind)]
+        return self.ends(x_BLD, rows, token, found)
 
     # what comes out
 
     def user(self, state_RD: Tensor) -> Tensor:
-        """User embeddings (R, O) of length 1."""
-        return F.normalize(self.user_out(state_RD).float(), dim=-1)
+        """User embeddings (R, O). Departs: their length is free, it says how sure they are; with a cosine a user of
+        whom little is known still must point somewhere, and what the temperature then learns is to keep still."""
+        found: Tensor = self.user_out(state_RD).float()
+        return found
 
     def item(self, fused_UD: Tensor) -> Tensor:
         """Item embeddings (U, O) of length 1, without the LLM."""
@@ -167,8 +183,8 @@ class Gts(nn.Module):
         return self._catalogue
 
     def scale(self) -> Tensor:
-        """The learned inverse temperature, within [1, 100]."""
-        return (QUICKER * self.log_scale.float()).clamp(0.0, math.log(100.0)).exp()
+        """The learned inverse temperature, within [.01, 100]."""
+        return self.log_scale.float().clamp(-math.log(100.0), math.log(100.0)).exp()
 
     def losses(self, batch: Batch) -> Tensor:
         """The sums (3,) of the terms over the batch: see TERMS."""
@@ -188,9 +204,10 @@ class Gts(nn.Module):
         literal = fused_UD[batch["literal_B"][rows]] if self.config.reading == "literal" else None
         found = self.read(batch, x_BLD, rows, 0, literal)
         if literal is not None and self.config.target_position == "end":
-            state_RD = self.last(batch, rows, found, True)[index]
+            state_RD = self.last(batch, x_BLD, rows, found, True)[index]
         else:
-            state_RD = found[index, PREFIX + batch["query_token_R"]]
+            token = batch["query_token_R"]
+            state_RD = self.ends(x_BLD, batch["query_sample_R"], token, found[index, PREFIX + token])
         users_RO, items_UO = self.user(state_RD), self.item(fused_UD)
         chance_U, candidate_C = batch["log_chance_U"], batch["candidate_C"]
         positive_R = batch["positive_R"]
@@ -216,7 +233,7 @@ class Gts(nn.Module):
         rows = batch["asked_sample_P"].repeat_interleave(width)
         candidates = fused_UD[batch["asked_PK"].flatten()]
         found = self.read(batch, x_BLD, rows, 1, candidates)
-        logits = self.follows(self.last(batch, rows, found, True), candidates).view(count, width)
+        logits = self.follows(self.last(batch, x_BLD, rows, found, True), candidates).view(count, width)
         logits = logits + self.prior.popular(self.constants["log_q_N"][batch["unique_U"][batch["asked_PK"]]])
         if not self.config.repeats:
             return logits

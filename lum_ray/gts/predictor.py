@@ -231,7 +231,7 @@ class Predictor:
         return [Propensities(*one, asked) for one, asked in zip(facts, found, strict=True)]
 
     def embed(self, requests: Sequence[Request], new_items: NewItems | None = None) -> npt.NDArray[np.float32]:
-        """User embeddings (R, O) of unit length at each request's cut: what reading R matches with `items`."""
+        """User embeddings (R, O) at each request's cut: what reading R matches with `items`."""
         goods = self._goods(new_items)
         read = self.requests.rows(requests)
         parts = [user_embeddings(goods.stage, batch)["embedding_BO"] for batch in self._batches(goods, read)]

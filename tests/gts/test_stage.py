@@ -117,7 +117,7 @@ def test_a_wide_beam_finds_the_exhaustive_probabilities() -> None:
     inputs: GtsInputs = inputs_of(config=config)
     stage = GtsStage(config, inputs, 140)
     torch.nn.init.normal_(stage.module.prefixes.weight)
-    state = torch.randn(3, 32)
+    state = torch.randn(3, 64)
     scores = generate(stage, state, beam=9)
     assert torch.allclose(scores.exp().sum(dim=1), torch.ones(3), atol=1e-5)
     items = torch.arange(inputs.count)
