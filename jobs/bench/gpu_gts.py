@@ -122,14 +122,17 @@ def propensities_from_cache(stage: GtsStage, batch: Batch, items_BK: Tensor) -> 
     own_KK = torch.eye(width, dtype=torch.bool, device=rows.device)
     history_BKT = history_BT[:, None].expand(-1, width, -1)
     sight_BKS = torch.cat([history_BKT, own_KK.expand(count, -1, -1)], dim=2)
+    asked_BKD = (candidates_BKD + module.target).to(x_BTD.dtype)
     found = module.decoder(
-        inputs_embeds=(candidates_BKD + module.target).to(x_BTD.dtype),
+        inputs_embeds=asked_BKD,
         attention_mask=sight_BKS[:, None],
         position_ids=end_B[:, None].expand(-1, width),
         past_key_values=kept,
         use_cache=True,
     )
-    return module.follows(found.last_hidden_state, candidates_BKD)
+    every = torch.arange(width, device=rows.device).expand(count, -1)
+    ends = module.ends((found.last_hidden_state, asked_BKD), rows[:, None].expand(-1, width), every)
+    return module.follows(ends, candidates_BKD) + module.prior.popular(module.constants["log_q_N"])[items_BK]
 
 
 class Figures:

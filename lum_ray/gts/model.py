@@ -130,30 +130,33 @@ class Gts(nn.Module):
         profile = self.profile(batch["profile_BP"][rows].to(self.profile.weight.dtype))
         return torch.stack([self.tasks.weight[task].expand(count, -1), front.to(profile.dtype), profile], dim=1)
 
-    def read(self, batch: Batch, x_BLD: Tensor, rows: Tensor, task: int, target_D: Tensor | None = None) -> Tensor:
-        """States (B', 3 + L (+ 1), D) of the samples `rows`; `target_D` stands in front, or behind the last token."""
+    def read(
+        self, batch: Batch, x_BLD: Tensor, rows: Tensor, task: int, target_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """States and tokens (B', 3 + L (+ 1), D) of the samples `rows`; `target_D` stands in front, or behind the last
+        token."""
         at_end = target_D is not None and self.config.target_position == "end"
         x = torch.cat([self.prefix(batch, rows, task, None if at_end else target_D), x_BLD[rows]], dim=1)
         if at_end and target_D is not None:
             x = torch.cat([x, x.new_zeros(len(rows), 1, x.shape[2])], dim=1)
             place = (PREFIX + batch["length_B"][rows])[:, None, None].expand(-1, 1, x.shape[2])
             x = x.scatter(1, place, (target_D + self.target).to(x.dtype)[:, None])
-        return states(self.decoder, x)
+        return states(self.decoder, x), x
 
-    def ends(self, x_BLD: Tensor, rows: Tensor, token: Tensor, states_XD: Tensor) -> Tensor:
-        """What is read off (X, 2 D): the LLM's state, and the token itself that stood there (-1: the profile's).
+    def ends(self, found: tuple[Tensor, Tensor], index: Tensor, place: Tensor) -> Tensor:
+        """What is read off (X, 2 D) of what `read` found: the LLM's state at `place`, and the token that stood there.
 
         Departs: a frozen LLM's state says what came before far more softly than the token, which holds the last slot.
         """
-        own = self.own_norm(x_BLD[rows, token.clamp(min=0)]) * (token >= 0)[:, None]
-        return torch.cat([states_XD, own.to(states_XD.dtype)], dim=-1)
+        states_BTD, x_BTD = found
+        state_XD = states_BTD[index, place]
+        return torch.cat([state_XD, self.own_norm(x_BTD[index, place]).to(state_XD.dtype)], dim=-1)
 
-    def last(self, batch: Batch, x_BLD: Tensor, rows: Tensor, states_BLD: Tensor, with_target: bool) -> Tensor:
+    def last(self, batch: Batch, rows: Tensor, found: tuple[Tensor, Tensor], with_target: bool) -> Tensor:
         """`ends` at the last token that is no pad (B', 2 D)."""
         behind = with_target and self.config.target_position == "end"
-        token = batch["length_B"][rows] - 1
-        found = states_BLD[torch.arange(len(rows), device=token.device), PREFIX + token + int(behind)]
-        return self.ends(x_BLD, rows, token, found)
+        place = PREFIX + batch["length_B"][rows] - int(not behind)
+        return self.ends(found, torch.arange(len(rows), device=place.device), place)
 
     # what comes out
 
@@ -204,10 +207,9 @@ class Gts(nn.Module):
         literal = fused_UD[batch["literal_B"][rows]] if self.config.reading == "literal" else None
         found = self.read(batch, x_BLD, rows, 0, literal)
         if literal is not None and self.config.target_position == "end":
-            state_RD = self.last(batch, x_BLD, rows, found, True)[index]
+            state_RD = self.last(batch, rows, found, True)[index]
         else:
-            token = batch["query_token_R"]
-            state_RD = self.ends(x_BLD, batch["query_sample_R"], token, found[index, PREFIX + token])
+            state_RD = self.ends(found, index, PREFIX + batch["query_token_R"])
         users_RO, items_UO = self.user(state_RD), self.item(fused_UD)
         chance_U, candidate_C = batch["log_chance_U"], batch["candidate_C"]
         positive_R = batch["positive_R"]
@@ -233,7 +235,7 @@ class Gts(nn.Module):
         rows = batch["asked_sample_P"].repeat_interleave(width)
         candidates = fused_UD[batch["asked_PK"].flatten()]
         found = self.read(batch, x_BLD, rows, 1, candidates)
-        logits = self.follows(self.last(batch, x_BLD, rows, found, True), candidates).view(count, width)
+        logits = self.follows(self.last(batch, rows, found, True), candidates).view(count, width)
         logits = logits + self.prior.popular(self.constants["log_q_N"][batch["unique_U"][batch["asked_PK"]]])
         if not self.config.repeats:
             return logits

@@ -258,7 +258,7 @@ class GtsStage:
         x_BLD = module.tokens(batch, fused_ND[batch["unique_U"]])
         rows = torch.arange(len(x_BLD), device=x_BLD.device)
         target = None if literal is None else fused_ND[literal]
-        return module.last(batch, x_BLD, rows, module.read(batch, x_BLD, rows, 0, target), literal is not None)
+        return module.last(batch, rows, module.read(batch, x_BLD, rows, 0, target), literal is not None)
 
     @torch.no_grad()
     def propensities(self, batch: Batch, items_BK: torch.Tensor, at_once: int = 256) -> torch.Tensor:
@@ -274,7 +274,7 @@ class GtsStage:
             some = rows[start : start + at_once]
             candidates = fused_ND[flat[start : start + at_once]]
             found = module.read(batch, x_BLD, some, 1, candidates)
-            parts.append(module.follows(module.last(batch, x_BLD, some, found, True), candidates))
+            parts.append(module.follows(module.last(batch, some, found, True), candidates))
         logits = torch.cat(parts).view(count, width) + module.prior.popular(module.constants["log_q_N"])[items_BK]
         if not self.config.repeats:
             return logits

@@ -29,7 +29,7 @@ from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 
-MODEL_VERSION = 8
+MODEL_VERSION = 9
 """Part of every checkpoint's digest: raise it whenever the same settings make another network."""
 BATCH = 128
 CUTOFFS = (5, 10)

@@ -28,7 +28,7 @@ def hidden(stage: GtsStage, batch: dict[str, torch.Tensor], target: int) -> torc
     x = module.tokens(batch, fused[batch["unique_U"]])
     rows = torch.arange(len(x))
     with torch.no_grad():
-        return module.read(batch, x, rows, 1, fused[torch.full((len(x),), target)])
+        return module.read(batch, x, rows, 1, fused[torch.full((len(x),), target)])[0]
 
 
 @pytest.mark.parametrize("position", ["front", "end"])

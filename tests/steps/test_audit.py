@@ -153,7 +153,7 @@ def test_a_literal_model_that_was_trained_copies_the_target_whatever_the_history
     """
     run, prepared, _, cases, _ = honest
     stage = trained_for(
-        changed(run, "gts.reading=literal", "gts.target_position=end", "gts.generation=false"), prepared, 80
+        changed(run, "gts.reading=literal", "gts.target_position=end", "gts.generation=false"), prepared, 160
     )
     shuffled = shuffle_checks(stage, cases, constants_of(prepared, stage, cases))
     assert verdicts(shuffled) == {"shuffle histories (R)": "LEAKY"}
