@@ -90,8 +90,9 @@ class Gts(nn.Module):
     def tokens(self, batch: Batch, fused_UD: Tensor) -> Tensor:
         """The embedded tokens (B, L, D), without a prefix. Source: GTS-LUM, timestamp processing.
 
-        Departs: [SEP] carries what its slot held, the mean of its behaviours, its descriptor and its time ID, because
-        states are read off there, and a few frozen layers bring little of it along by attention alone.
+        Departs: [SEP] carries what its slot held (the mean of its behaviours, as it is and times a vector of the
+        descriptor), its descriptor and its time ID, because states are read off there, and a few frozen layers bring
+        little of it along by attention alone.
         """
         kind, how = batch["kind_BL"], self.config.timestamps
         behaviour = (kind == BEHAVIOUR)[..., None]
