@@ -30,7 +30,7 @@ COLLISIONS = 16
 
 
 class Behaviours(nn.Module):
-    """`forward(items)` gives b^F. Source: GTS-LUM, multi-modal alignment (fused embedding b^F)."""
+    """`gathered` says what there is to say of items, `forward` makes b^F of it. Source: GTS-LUM, fused embedding."""
 
     def __init__(self, config: GtsConfig, inputs: GtsInputs, out_width: int, rms: float) -> None:
         super().__init__()
@@ -66,11 +66,10 @@ class Behaviours(nn.Module):
             self.mlp = MLP((len(self.modalities) + 1) * width, 2 * width, 1, width)
         else:
             fused = self.constants["text"].shape[1]
-        self.fitted = Constants({"center_F": torch.zeros(fused), "spread_F": torch.ones(fused)}, persistent=True)
         self.project = nn.Linear(fused, out_width)
-        self.norm = nn.LayerNorm(out_width)
-        with torch.no_grad():
-            self.norm.weight.mul_(rms)  # as large as the words that the LLM knows
+        # As large as the words that the LLM knows, and without a bias: at that scale a trained one outgrows the
+        # differences between items within a few steps, and then all are one.
+        self.norm, self.rms = nn.LayerNorm(out_width, bias=False), rms
 
     def memory(self, items_I: Tensor, hidden_IM: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The modality vectors (I, M, W) and which of them can be seen (I, M) bool: known, and not hidden."""
@@ -98,26 +97,20 @@ class Behaviours(nn.Module):
         parts = torch.cat([(memory_IMW * known_IM[..., None]).flatten(1), ids_IW], dim=1)
         return self.mlp(parts)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def calibrate(self, at_once: int = 4096) -> None:
-        """Measure mean and deviation of `gathered` over the catalogue, once, before the projection is trained.
+    def forward(self, gathered_IF: Tensor, reference_RF: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        """b^F (I, D) of what `gathered` gave, centred and scaled by the (weighted) mean and deviation of a reference.
 
-        Departs: what queries say of two items is nearly the same vector (a cosine of .99 after Phase I), since the
-        queries themselves are most of it; a frozen LLM then can hardly tell one behaviour from another.
+        Departs: what queries say of two items is nearly the same vector, since the queries themselves are most of it; a
+        frozen LLM could hardly tell one behaviour from another. The reference is drawn by (seed, step), so that a step
+        does not depend on the number of workers.
         """
-        was = self.training
-        self.eval()
-        count = len(self.constants["collision_N"])
-        all_items = torch.arange(count, device=self.fitted["center_F"].device)
-        gathered = torch.cat([self.gathered(part) for part in torch.split(all_items, at_once)]).float()
-        self.fitted["center_F"].copy_(gathered.mean(dim=0))
-        self.fitted["spread_F"].copy_(gathered.std(dim=0, correction=0).clamp(min=1e-3))
-        self.train(was)
-
-    def forward(self, items_I: Tensor, hidden_IM: Tensor | None = None) -> Tensor:
-        """b^F (I, D) of catalogue items; `hidden_IM`: modalities that training hides."""
-        gathered = (self.gathered(items_I, hidden_IM) - self.fitted["center_F"]) / self.fitted["spread_F"]
-        return self.norm(self.project(gathered.to(self.project.weight.dtype)))  # type: ignore[no-any-return]
+        weight = torch.ones_like(reference_RF[:, 0]) if weight_R is None else weight_R
+        share = (weight / weight.sum())[:, None]
+        center_F = (share * reference_RF).sum(dim=0)
+        variance_F = (share * (reference_RF - center_F).square()).sum(dim=0)
+        spread_F = (variance_F + 1e-6).sqrt()  # of one item alone it is 0, and a root has no slope there
+        centred = ((gathered_IF - center_F) / spread_F).to(self.project.weight.dtype)
+        return self.rms * self.norm(self.project(centred))  # type: ignore[no-any-return]
 
 
 COLUMNS = {"text": "text_NE", "graph": "graph_NG", "table": "table_NH"}

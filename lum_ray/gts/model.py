@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,7 +70,15 @@ class Gts(nn.Module):
         self.own_norm = nn.LayerNorm(llm.width)
         self.log_scale = nn.Parameter(torch.zeros(1))  # DeepSpeed has no scalars
         self.prior = Prior(config.repeats)
-        self.constants = Constants({"log_q_N": torch.from_numpy(inputs.arrays["log_q_N"])}, persistent=False)
+        chance = 1 - (1 - np.exp(inputs.arrays["log_q_N"].astype(np.float64))) ** config.negatives
+        had = inputs.arrays["count_N"] > 0 if "count_N" in inputs.arrays else np.ones(len(chance), np.bool_)
+        self.constants = Constants(
+            {
+                "log_q_N": torch.from_numpy(inputs.arrays["log_q_N"]),
+                "chance_N": torch.from_numpy((chance * had).astype(np.float32)),
+            },
+            persistent=False,
+        )
         self.propensity = MLP(2 * llm.width, config.output_width, 1, 1)
         levels = inputs.arrays["paths_ND"].shape[1]
         heads = (MLP(2 * llm.width, config.output_width, 1, config.branching) for _ in range(levels))
@@ -182,7 +191,8 @@ class Gts(nn.Module):
             place = self.log_scale.device
             with torch.no_grad():
                 parts = torch.split(torch.arange(self.inputs.count, device=place), at_once)
-                fused = torch.cat([self.behaviours(part) for part in parts])
+                gathered = torch.cat([self.behaviours.gathered(part) for part in parts])
+                fused = self.behaviours(gathered, gathered, self.constants["chance_N"])
                 self._catalogue = (fused, self.item(fused))
         return self._catalogue
 
@@ -192,7 +202,8 @@ class Gts(nn.Module):
 
     def losses(self, batch: Batch) -> Tensor:
         """The sums (3,) of the terms over the batch: see TERMS."""
-        fused_UD = self.behaviours(batch["unique_U"], batch["hidden_UM"])
+        gathered_UF = self.behaviours.gathered(batch["unique_U"], batch["hidden_UM"])
+        fused_UD = self.behaviours(gathered_UF, gathered_UF[batch["candidate_C"]])
         x_BLD = self.tokens(batch, fused_UD)
         zero = x_BLD.float().sum() * 0.0 + self.propensity.out.weight.sum() * 0.0  # type: ignore[union-attr]
         retrieve, generate, asked = zero, zero, zero

@@ -110,7 +110,9 @@ class Assortment:
         with torch.no_grad():
             fused_ND, items_NO = module.catalogue()
             part = self._behaviours(texts, attributes, text_ME, paths_MD, collision_M).to(fused_ND.device)
-            fused_MD = part(torch.arange(len(texts), device=fused_ND.device))
+            own, chance_N = module.behaviours, module.constants["chance_N"]
+            fitted_NF = own.gathered(torch.arange(len(chance_N), device=fused_ND.device))
+            fused_MD = part(part.gathered(torch.arange(len(texts), device=fused_ND.device)), fitted_NF, chance_N)
             catalogue = torch.cat([fused_ND, fused_MD]), torch.cat([items_NO, module.item(fused_MD)])
         hashes = hash_strings(list(texts)).view(np.int64)
         hash_N = np.concatenate([inputs.arrays["hash_N"], hashes])
@@ -128,7 +130,7 @@ class Assortment:
         twin = copy.copy(module)  # shares every weight; only its items are others
         twin._modules = dict(module._modules)
         log_q_N = torch.from_numpy(more.arrays["log_q_N"]).to(fused_ND.device)
-        twin.constants = Constants({"log_q_N": log_q_N}, persistent=False)
+        twin.constants = Constants({"log_q_N": log_q_N, "chance_N": chance_N}, persistent=False)
         twin.inputs, twin._catalogue = more, catalogue
         stage = GtsStage(self.stage.config, more, self.stage.until_day, self.stage.seed, twin)
         return replace(self, stage=stage, text=(*self.text, *texts.values()), tree=tree)

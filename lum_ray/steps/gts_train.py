@@ -29,13 +29,13 @@ from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 
-MODEL_VERSION = 9
+MODEL_VERSION = 10
 """Part of every checkpoint's digest: raise it whenever the same settings make another network."""
 BATCH = 128
 CUTOFFS = (5, 10)
 METRICS = ("eval/recall_5", "eval/recall_10", "eval/ndcg_10", "eval/mrr")
 NOT_SHAPING = ("workers", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
-OF_PHASE_2 = ("project", "norm", "fitted")
+OF_PHASE_2 = ("project", "norm")
 """Parts of the behaviours that Phase I does not train."""
 ALIGN_FIELDS = ("modalities", "fusion", "width", "heads", "layers", "queries", "dropout", "branching", "output_width",
                 "align_steps", "align_tasks", "align_group", "window", "text_tokens", "slot_minutes")  # fmt: skip
@@ -183,7 +183,6 @@ def _loop(
     stage = make_stage(run, prepared, fit_until(run, timelines.end_day))
     if aligned is not None:
         take_aligned(stage, aligned)
-    stage.module.behaviours.calibrate()
     loader = _loader(run, timelines, stage.collate, worker)
     try:
         return train_loop(stage, loader, _validation(run, timelines, stage, worker), run.train, uri, worker)

@@ -186,7 +186,8 @@ def test_new_items_without_a_fit(predictor: Predictor, users: list[str]) -> None
         ids = model.nodes(nodes).sum(dim=1) + model.collisions(torch.tensor([min(digit, 15)]))
         assert model.qformer is not None
         gathered = model.qformer(memory, known, ids[:, None])[0].flatten(1)
-        fused = model.norm(model.project((gathered - model.fitted["center_F"]) / model.fitted["spread_F"]))
+        others = model.gathered(torch.arange(len(goods.ids)))
+        fused = model(gathered, others, goods.stage.module.constants["chance_N"])
         made = more.stage.module.catalogue()[0][len(goods.ids) + place]
         torch.testing.assert_close(made, fused[0], atol=1e-4, rtol=1e-4)
 
