@@ -65,6 +65,8 @@ class Gts(nn.Module):
         self.target = nn.Parameter(torch.randn(llm.width) * small)
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
         self.user_out = nn.Linear(2 * llm.width, config.output_width)
+        nn.init.zeros_(self.user_out.weight)  # so that the scores start as the prior's, without noise on top
+        nn.init.zeros_(self.user_out.bias)
         # without a bias: it would be most of every item's direction, since b^F is as small as the LLM's words
         self.item_out = nn.Linear(llm.width, config.output_width, bias=False)
         self.own_norm = nn.LayerNorm(llm.width)

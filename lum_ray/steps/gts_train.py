@@ -29,8 +29,8 @@ from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 
-MODEL_VERSION = 10
-"""Part of every checkpoint's digest: raise it whenever the same settings make another network."""
+ALIGN_VERSION, MODEL_VERSION = 10, 11
+"""Part of the digests of Phase I's and Phase II's checkpoints: raised whenever the same settings train otherwise."""
 BATCH = 128
 CUTOFFS = (5, 10)
 METRICS = ("eval/recall_5", "eval/recall_10", "eval/ndcg_10", "eval/mrr")
@@ -52,7 +52,7 @@ def align_uri(run: Run, prepared: GtsPrepared) -> str:
     """Where Phase I's checkpoint is; what Phase II alone reads does not rename it."""
     train = {name: value for name, value in asdict(run.train).items() if name not in (*NOT_SHAPING, "steps")}
     section = {name: getattr(run.section, name) for name in ALIGN_FIELDS}
-    name = digest("align", MODEL_VERSION, prepared.fitted.manifest["digest"], run.split, section, train, run.seed)
+    name = digest("align", ALIGN_VERSION, prepared.fitted.manifest["digest"], run.split, section, train, run.seed)
     return join(run.root, "checkpoints", f"{run.name}-align-{name}")
 
 
