@@ -235,6 +235,10 @@ def serve(run: RunFile, root: Root = None, set_: Set = None, checkpoint: Checkpo
     from serve.app import until_signal
 
     loaded = load(run, root, set_)
+    if loaded.model != "lumos":
+        raise UserError(
+            f"serve: {loaded.name} is a run of GTS-LUM, which has no endpoint yet; `lum-ray predict` writes its lists"
+        )
     weights, state = checkpoint or step_train(loaded, say), step_publish(loaded, say)
     start_ray()
     server = start_server(weights, state, loaded.serve)

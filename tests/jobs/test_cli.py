@@ -76,3 +76,9 @@ def test_options_that_do_not_go_together_are_refused_and_not_ignored(words: tupl
     done = command("evaluate", "lumos_tiny", *words)
     assert done.returncode == 1
     assert said in done.stderr
+
+
+def test_what_gts_lum_does_not_have_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    done = command("serve", "gts_tiny", "--root", str(tmp_path))
+    assert done.returncode == 1 and "GTS-LUM, which has no endpoint yet" in done.stderr
+    assert not list(tmp_path.iterdir())
