@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,15 @@ def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
 
 def join_heads(x_BMTK: Tensor) -> Tensor:
     return x_BMTK.transpose(-3, -2).flatten(-2)
+
+
+def matrices_decay(module: nn.Module) -> list[dict[str, Any]]:
+    """Everything of `module` that trains, as parameter groups of the optimiser: matrices decay, vectors do not."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 1.0},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
 class SelfAttention(nn.Module):

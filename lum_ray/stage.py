@@ -44,10 +44,6 @@ class Stage(Protocol):
         """(sums_K with gradient, counts_K); an empty batch gives zeros that still carry a gradient path."""
         ...
 
-    def predict(self, batch: Batch) -> Arrays:
-        """Columns of the prediction file, one entry a row of it, beside which the sample each belongs to."""
-        ...
-
     def trainable(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser (`params`, `weight_decay` as a multiplier of the run's)."""
         ...

@@ -41,6 +41,7 @@ def gts_inputs(config: GtsConfig, count: int, seed: int = 0, text_width: int = 1
             "table_NH": rng.normal(size=(count, config.table_width)).astype(np.float32),
             "paths_ND": (leaf_N[:, None] // place_D % config.branching).astype(np.int64),
             "collision_N": (np.arange(count) // leaves).astype(np.int64),
+            "count_N": np.ones(len(weight_N), np.int64),
             "log_q_N": np.log(weight_N / weight_N.sum()).astype(np.float32),
             "words_NT": np.zeros((count, config.text_tokens), np.int64),
             "profile_scale": np.array([[40.0, 10.0]]),

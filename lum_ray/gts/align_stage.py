@@ -22,6 +22,7 @@ from lum_ray.gts.behaviours import Behaviours, hidden_modalities
 from lum_ray.gts.collate import BEHAVIOUR, DESCRIPTOR, token_arrays
 from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.intervals import DESCRIPTORS, descriptor_text
+from lum_ray.nn import matrices_decay
 from lum_ray.stage import Arrays, Batch
 
 Int64 = npt.NDArray[np.int64]
@@ -151,9 +152,5 @@ class AlignStage:
         sums = [TASKS[name](self.module, groups) + nothing for name in self.terms]
         return torch.stack(sums), batch["counts_K"]
 
-    def predict(self, batch: Batch) -> Arrays:
-        """Phase I predicts nothing that a file holds."""
-        raise NotImplementedError("Phase I has no predictions; its validation is its own loss")
-
     def trainable(self) -> list[dict[str, Any]]:
-        return self.module.parameter_groups()
+        return matrices_decay(self.module)

@@ -49,14 +49,6 @@ class Aligner(nn.Module):
         self.matches = nn.Linear(width, 2)
         self.word_out = nn.Linear(width, len(inputs.vocabulary))
 
-    def parameter_groups(self) -> list[dict[str, object]]:
-        """What trains; only matrices decay."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 1.0},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-
     def encode(self, items_RK: Tensor, hidden_RKM: Tensor, words_RT: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
         """(query outputs (R, Q, W), text outputs (R, T, W)) of rows of K behaviours (-1: none) with a text."""
         rows, window = items_RK.shape

@@ -36,7 +36,7 @@ from lum_ray.gts.collate import BEHAVIOUR, DESCRIPTOR, PAD, SEP
 from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
 from lum_ray.gts.intervals import DESCRIPTORS, GAPS, descriptor_text
 from lum_ray.gts.llm import Llm, load, states
-from lum_ray.gts.prior import Prior
+from lum_ray.gts.prior import Prior, negative_chance
 from lum_ray.nn import MLP, Constants
 
 Batch = Mapping[str, Tensor]
@@ -72,8 +72,8 @@ class Gts(nn.Module):
         self.own_norm = nn.LayerNorm(llm.width)
         self.log_scale = nn.Parameter(torch.zeros(1))  # DeepSpeed has no scalars
         self.prior = Prior(config.repeats)
-        chance = 1 - (1 - np.exp(inputs.arrays["log_q_N"].astype(np.float64))) ** config.negatives
-        had = inputs.arrays["count_N"] > 0 if "count_N" in inputs.arrays else np.ones(len(chance), np.bool_)
+        chance = negative_chance(np.exp(inputs.arrays["log_q_N"].astype(np.float64)), config.negatives)
+        had = inputs.arrays["count_N"] > 0
         self.constants = Constants(
             {
                 "log_q_N": torch.from_numpy(inputs.arrays["log_q_N"]),
@@ -87,14 +87,6 @@ class Gts(nn.Module):
         self.digits = nn.ModuleList(heads)
         self.prefixes = nn.Embedding(self.behaviours.nodes.num_embeddings, 2 * llm.width)
         nn.init.zeros_(self.prefixes.weight)
-
-    def parameter_groups(self) -> list[dict[str, object]]:
-        """Everything that trains; only matrices decay."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 1.0},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
 
     # the sequence
 

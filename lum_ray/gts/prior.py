@@ -51,6 +51,11 @@ class Prior(nn.Module):
         return added.float()[..., 0]
 
 
+def negative_chance(share_N: npt.NDArray[np.float64], negatives: int) -> npt.NDArray[np.float64]:
+    """The chance (N,) of an item with this share of the events to be among a step's `negatives` draws."""
+    return 1 - np.maximum(1 - share_N, 0.0) ** negatives
+
+
 def repeat_features(
     count: Int64, since: Int64, instants: Int64, log_q: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""GTS-LUM's Phase II as the training loop sees it: collate, loss, predict, trainable.
+"""GTS-LUM's Phase II as the training loop sees it: collate, loss, trainable; and what `inference` asks of it.
 
 The negatives are a function of (seed, step) alone, the same on all ranks and in all micro-batches of a step; the
 reading of a sample, and the one target of a basket that is its positive, of (seed, user, cut). So a step is the same
@@ -22,9 +22,10 @@ from lum_ray.gts.collate import dense_targets, next_items, seen_items, token_arr
 from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
 from lum_ray.gts.llm import Llm
 from lum_ray.gts.model import TERMS, Gts
-from lum_ray.gts.prior import FEATURES, repeat_features
+from lum_ray.gts.prior import FEATURES, negative_chance, repeat_features
 from lum_ray.gts.profiles import profile_rows
 from lum_ray.gts.queries import POSITIVE_SALT, Queries, end_tokens, unique_places
+from lum_ray.nn import matrices_decay
 from lum_ray.stage import Arrays, Batch
 
 Int64 = npt.NDArray[np.int64]
@@ -47,6 +48,7 @@ class GtsStage:
         self.module: Gts = module if module is not None else Gts(config, inputs, llm)
         self.terms = TERMS
         self.weight_N = np.exp(inputs.arrays["log_q_N"].astype(np.float64))
+        self.cumulative_N = np.cumsum(self.weight_N)
 
     # what a batch holds
 
@@ -77,7 +79,7 @@ class GtsStage:
         extra = [candidate_items, queries.positive, asked["asked_items_PK"].ravel()]
         unique_U, places = unique_places([batch["item_BL"], *extra, *([literal] if literal is not None else [])])
         batch["place_BL"] = np.where(batch["item_BL"] >= 0, places(batch.pop("item_BL")), 0)
-        missed_U = np.maximum(1 - self.weight_N[unique_U], 0.0) ** config.negatives  # chance of not being a negative
+        chance_U = negative_chance(self.weight_N[unique_U], config.negatives)
         seen = self._seen(rows, samples, batch, queries, candidate_items)
         count = len(queries.sample)
         counts = [count, len(asked["asked_sample_P"]), count if config.generation else 0]
@@ -91,7 +93,7 @@ class GtsStage:
             "query_token_R": end_tokens(batch["group_BL"], queries),
             "positive_R": places(queries.positive),
             "candidate_C": places(candidate_items),
-            "log_chance_U": np.log(np.maximum(1 - missed_U, 1e-12)).astype(np.float32),
+            "log_chance_U": np.log(np.maximum(chance_U, 1e-12)).astype(np.float32),
             **queries.masked(candidate_items),
             **seen,
             "asked_sample_P": asked["asked_sample_P"],
@@ -118,9 +120,12 @@ class GtsStage:
 
     def negatives(self, step: int) -> Int64:
         """Catalogue items drawn for a step, by their share of the training events, each once, ascending (C,)."""
-        uniform = share(mix(self.seed, NEGATIVE_SALT, step, np.arange(self.config.negatives)))
-        drawn = np.searchsorted(np.cumsum(self.weight_N), uniform * self.weight_N.sum())
-        return np.unique(np.minimum(drawn, self.inputs.count - 1)).astype(np.int64)
+        return np.unique(self._popular(share(mix(self.seed, NEGATIVE_SALT, step, np.arange(self.config.negatives)))))
+
+    def _popular(self, uniform: npt.NDArray[np.float64]) -> Int64:
+        """The items at these places (0 .. 1) of the catalogue laid out by share of the training events."""
+        drawn = np.searchsorted(self.cumulative_N, uniform * self.cumulative_N[-1])
+        return np.asarray(np.minimum(drawn, self.inputs.count - 1), np.int64)
 
     def _seen(self, rows: Rows, samples: Samples, batch: Arrays, queries: Queries, candidate_items: Int64) -> Arrays:
         """What each query's user had before, of its positive (column 0) and of the candidates (1 + c)."""
@@ -183,7 +188,7 @@ class GtsStage:
             half = (width - 1) // 2 if len(own) else 0
             draw = share(mix(*key, CANDIDATE_SALT, np.arange(8 * width)))
             mine = own[(draw[:half] * len(own)).astype(np.int64)]
-            others = np.searchsorted(np.cumsum(self.weight_N), draw[half:] * self.weight_N.sum())
+            others = self._popular(draw[half:])
             found = np.concatenate([mine, others[~np.isin(others, truth)]])
             found = found[np.sort(np.unique(found, return_index=True)[1])][: width - 1]
             if len(found) < width - 1:
@@ -212,22 +217,7 @@ class GtsStage:
 
     def trainable(self) -> list[dict[str, Any]]:
         """The model's parameter groups; what is frozen is in none."""
-        return self.module.parameter_groups()
-
-    @torch.no_grad()
-    def predict(self, batch: Batch) -> Arrays:
-        """Reading R: the `retrieve` best items of each sample of a batch of `queries`, as `sample`, `rank` (from 1),
-        `item` (catalogue index) int64 and `score` float32."""
-        scores_BN = self.scores(batch)
-        top = min(self.config.retrieve, scores_BN.shape[1])
-        score, item = torch.topk(scores_BN, top, dim=1)
-        count = scores_BN.shape[0]
-        return {
-            "sample": np.repeat(np.arange(count), top),
-            "rank": np.tile(np.arange(1, top + 1), count),
-            "item": item.cpu().numpy().ravel(),
-            "score": score.float().cpu().numpy().ravel(),
-        }
+        return matrices_decay(self.module)
 
     def questions(self, rows: Rows, samples: Samples) -> Arrays:
         """The batch that `scores` and `rerank` read: histories, and what each user had before. No target is in it."""

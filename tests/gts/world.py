@@ -50,6 +50,7 @@ def inputs_of(count: int = 30, seed: int = 0, config: GtsConfig | None = None) -
             "table_NH": rng.normal(size=(count, 4)).astype(np.float32),
             "paths_ND": paths.T[:, ::-1].astype(np.int64).copy(),
             "collision_N": (np.arange(count) // config.branching**config.depth).astype(np.int64),
+            "count_N": np.ceil(1000 * weight).astype(np.int64),
             "log_q_N": np.log(0.9 * weight + 0.1 / count).astype(np.float32),
             "words_NT": word_table(texts, known, config.text_tokens),
             "profile_scale": np.array([[40.0, 10.0]]),
