@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 
 from lum_ray.artifacts import UserError
+from lum_ray.data.requests import text_of
 from lum_ray.data.rows import hash_strings
 from lum_ray.gts.behaviours import COLLISIONS, COLUMNS, Behaviours, node_numbers
 from lum_ray.gts.config import GtsInputs
 from lum_ray.gts.encoders import embed_texts
 from lum_ray.gts.fitting import SMOOTHING
-from lum_ray.gts.requests import text_of
 from lum_ray.gts.semantic_ids import Tree
 from lum_ray.gts.stage import GtsStage
 from lum_ray.gts.tables import FittedTable, fit_table

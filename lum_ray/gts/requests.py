@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lum_ray import config as runs
 from lum_ray.artifacts import UserError
 from lum_ray.data.reader import rows_from_tables
+from lum_ray.data.requests import RequestFields
 from lum_ray.data.rows import Int64, Rows, Samples, Strings
 from lum_ray.data.schema import clean_events
 from lum_ray.gts.sequences import COLUMNS, merge, tokenize
@@ -54,20 +54,12 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RequestReader:
+class RequestReader(RequestFields):
     """Reads requests for one checkpoint. `start_day`: of the training data; `end_day`: where `history_of` ends."""
 
-    run: runs.Run
     start_day: int
     end_day: int
     history_of: History | None
-
-    @property
-    def dated(self) -> bool:
-        """Whether the run file writes its days as ISO dates."""
-        split = self.run.split
-        days = [day for part in (split.train, split.validate, split.test) for day in (part.from_day, part.until_day)]
-        return any(isinstance(day, str) for day in (*days, split.validate_from))
 
     def rows(self, requests: Sequence[Request]) -> Read:
         """Tokenize the requests. Raises UserError naming the field that is wrong; an unknown user is no error."""
@@ -88,19 +80,6 @@ class RequestReader:
         count = len(requests)
         samples = Samples(np.arange(count), np.array(cuts, np.int32), np.zeros(count, np.int32))
         return Read(Rows.concat(pieces), samples, np.array(known))
-
-    def day(self, value: Any, where: str) -> int:
-        """An ISO date or a day number as a day number. Raises UserError naming the field."""
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise UserError(f"{where}: expected {'an ISO date' if self.dated else 'a day number'}, got {value!r}")
-        try:
-            return runs.day_number(value)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-
-    def shown(self, day: int) -> int | str:
-        """A day number as the run file writes days."""
-        return (datetime.date(1970, 1, 1) + datetime.timedelta(days=day)).isoformat() if self.dated else day
 
     def _one(self, request: Request, stored: Rows | None, where: str) -> tuple[Rows, int]:
         """The request's user as rows, and its cut."""
@@ -129,7 +108,7 @@ class RequestReader:
                 f"{where}.events[{first}].{self.run.data.events.time}: expected a time before the cut, "
                 f"{self.shown(cut)}, got {times[first]}; leave it out or ask for a later cut_day"
             )
-        profile = self._profile(request, where)
+        profile = self.profile_table(request.user, request.profile, where)
         if stored is not None and not request.events and not request.profile:
             return stored, cut
         own = tokenize(events.drop_columns(["place"]))
@@ -205,38 +184,6 @@ class RequestReader:
             found = found.replace(tzinfo=datetime.UTC)
         return found
 
-    def _profile(self, request: Request, where: str) -> pa.Table:
-        """One row with every profile column of the run, null where the request says nothing."""
-        given = dict(request.profile or {})
-        profiles = self.run.data.profiles
-        columns: dict[str, pa.Array] = {"user": pa.array([request.user], pa.string())}
-        if profiles is None:
-            if given:
-                raise UserError(f"{where}.profile: this model was trained without profiles; leave it out")
-            return pa.table(columns)
-        known = {*profiles.numbers, *profiles.categories, *profiles.splits}
-        roles = {name for name in (profiles.registered, profiles.ends, profiles.segment) if name}
-        unknown = sorted(set(given) - known - roles)
-        if unknown:
-            raise UserError(f"{where}.profile.{unknown[0]}: unknown; known are {', '.join(sorted(known | roles))}")
-        day = given.get(profiles.registered) if profiles.registered else None
-        registered = None if day is None else self.day(day, f"{where}.profile.{profiles.registered}")
-        segment = given.get(profiles.segment) if profiles.segment else None
-        columns["registered"] = pa.array([registered], pa.int32())
-        columns["ends"] = pa.array([None], pa.int32())
-        columns["segment"] = pa.array([text_of(segment)], pa.string())
-        for name in sorted(known):
-            value = given.get(name)
-            try:
-                columns[name] = (
-                    pa.array([None if value is None else float(value)], pa.float64())
-                    if name in profiles.numbers
-                    else pa.array([text_of(value)], pa.string())
-                )
-            except (TypeError, ValueError):
-                raise UserError(f"{where}.profile.{name}: expected a number, got {value!r}") from None
-        return pa.table(columns)
-
 
 KINDS: Final[dict[type, pa.DataType]] = {
     datetime.datetime: pa.timestamp("us", "UTC"),
@@ -250,13 +197,6 @@ date to Python, so it comes first.)"""
 def _from_text(value: str) -> datetime.date:
     """An ISO date, or an ISO timestamp. Raises ValueError."""
     return datetime.date.fromisoformat(value) if len(value) == 10 else datetime.datetime.fromisoformat(value)
-
-
-def text_of(value: Any) -> str | None:
-    """A category as the raw tables' are read: Arrow writes booleans in lower case."""
-    if value is None:
-        return None
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _table(rows: Rows) -> pa.Table:

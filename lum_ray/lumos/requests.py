@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lum_ray import config as runs
 from lum_ray.artifacts import UserError
 from lum_ray.data.reader import rows_from_tables
+from lum_ray.data.requests import RequestFields
 from lum_ray.data.rows import Rows, Samples
 from lum_ray.data.schema import clean_events
 from lum_ray.lumos.collate import Calendar, EventLayout
@@ -44,26 +44,18 @@ class Request:
 
 
 @dataclass(frozen=True)
-class RequestReader:
+class RequestReader(RequestFields):
     """Reads requests for one checkpoint.
 
     `event_columns`: the raw columns that the behaviours use, with their Arrow types; `start_day`, `end_day`: those of
     the training data (days).
     """
 
-    run: runs.Run
     layout: EventLayout
     event_columns: Mapping[str, str]
     start_day: int
     end_day: int
     history_of: History | None
-
-    @property
-    def dated(self) -> bool:
-        """Whether the run file writes its days as ISO dates."""
-        split = self.run.split
-        days = [day for part in (split.train, split.validate, split.test) for day in (part.from_day, part.until_day)]
-        return any(isinstance(day, str) for day in (*days, split.validate_from))
 
     def rows(self, requests: Sequence[Request]) -> tuple[Rows, Samples]:
         """Tokenize the requests: their rows (R users) and one sample each."""
@@ -141,19 +133,6 @@ class RequestReader:
         )
         return Calendar(table, self.layout)
 
-    def day(self, value: Any, where: str) -> int:
-        """An ISO date or a day number as a day number. Raises UserError naming the field."""
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise UserError(f"{where}: expected {'an ISO date' if self.dated else 'a day number'}, got {value!r}")
-        try:
-            return runs.day_number(value)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-
-    def shown(self, day: int) -> int | str:
-        """A day number as the run file writes days."""
-        return (datetime.date(1970, 1, 1) + datetime.timedelta(days=day)).isoformat() if self.dated else day
-
     def _inline(self, request: Request, where: str, cut: int) -> Rows:
         """The request's own events and profile as a row. Raises UserError for an event at or after the cut."""
         data = self.run.data
@@ -181,7 +160,7 @@ class RequestReader:
             )
         return rows_from_tables(
             tokenize(events, data.behaviours),
-            self._profile(request, where),
+            self.profile_table(request.user, request.profile, where),
             [item.name for item in data.behaviours],
             self.start_day,
             cut,
@@ -225,42 +204,6 @@ class RequestReader:
                 f"{where}.events[{far[0]}].{self.run.data.events.time}: expected a day number, got {values[far[0]]}"
             )
         return pa.array(values, pa.int32())
-
-    def _profile(self, request: Request, where: str) -> pa.Table:
-        """One row with every profile column of the run, null where the request says nothing."""
-        given = dict(request.profile or {})
-        profiles = self.run.data.profiles
-        columns: dict[str, pa.Array] = {"user": pa.array([request.user], pa.string())}
-        if profiles is None:
-            if given:
-                raise UserError(f"{where}.profile: this model was trained without profiles; leave it out")
-            return pa.table(columns)
-        known = {*profiles.numbers, *profiles.categories, *profiles.splits}
-        roles = {name for name in (profiles.registered, profiles.ends, profiles.segment) if name}
-        unknown = sorted(set(given) - known - roles)
-        if unknown:
-            raise UserError(f"{where}.profile.{unknown[0]}: unknown; known are {', '.join(sorted(known | roles))}")
-        day = given.get(profiles.registered) if profiles.registered else None
-        columns["registered"] = pa.array([None if day is None else self.day(day, f"{where}.profile")], pa.int32())
-        columns["ends"] = pa.array([None], pa.int32())
-        segment = given.get(profiles.segment) if profiles.segment else None
-        columns["segment"] = pa.array([None if segment is None else _text(segment)], pa.string())
-        for name in sorted(known):
-            value = given.get(name)
-            try:
-                columns[name] = (
-                    pa.array([None if value is None else float(value)], pa.float64())
-                    if name in profiles.numbers
-                    else pa.array([None if value is None else _text(value)], pa.string())
-                )
-            except (TypeError, ValueError):
-                raise UserError(f"{where}.profile.{name}: expected a number, got {value!r}") from None
-        return pa.table(columns)
-
-
-def _text(value: Any) -> str:
-    """A category as the raw tables' are read: Arrow writes booleans in lower case."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _column(values: Sequence[Any], kind: str, where: str, name: str) -> pa.Array:
