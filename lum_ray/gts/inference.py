@@ -6,7 +6,7 @@ Legend: B samples, N items, K places of a list, D width, L levels, W beam width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -150,8 +150,8 @@ def generate(stage: GtsStage, state_BD: Tensor, beam: int = BEAM) -> Tensor:
     return leaves[:, torch.from_numpy(leaf_N).to(device)] + torch.from_numpy(within.astype(np.float32)).to(device)
 
 
-def user_embeddings(stage: GtsStage, batch: Batch, state_BD: Tensor | None = None) -> dict[str, Any]:
+def user_embeddings(stage: GtsStage, batch: Batch, state_BD: Tensor | None = None) -> Floats:
     """(B, O): what reading R matches with items; `state_BD`: `GtsStage.user_states`, if it is there already."""
     with torch.no_grad():
         states_BD = stage.user_states(batch) if state_BD is None else state_BD
-        return {"embedding_BO": stage.module.user(states_BD).cpu().numpy()}
+        return np.asarray(stage.module.user(states_BD).cpu().numpy())

@@ -234,7 +234,7 @@ class Predictor:
         """User embeddings (R, O) at each request's cut: what reading R matches with `items`."""
         goods = self._goods(new_items)
         read = self.requests.rows(requests)
-        parts = [user_embeddings(goods.stage, batch)["embedding_BO"] for batch in self._batches(goods, read)]
+        parts = [user_embeddings(goods.stage, batch) for batch in self._batches(goods, read)]
         return np.concatenate(parts).astype(np.float32)
 
     def items(self, new_items: NewItems | None = None) -> Items:

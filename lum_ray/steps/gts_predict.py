@@ -219,7 +219,7 @@ class _Work:
                         self.seen_filter,
                     )
                 )  # fmt: skip
-            embedding = user_embeddings(stage, batch, state)["embedding_BO"]
+            embedding = user_embeddings(stage, batch, state)
         return pa.concat_tables(lists), embedding
 
 

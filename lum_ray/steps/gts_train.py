@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from lum_ray import catalog, config, weights
-from lum_ray.artifacts import UserError, commit, digest, find, join, open_artifact, storage, write_json
+from lum_ray.artifacts import UserError, digest, find, join, open_artifact, storage, write_json
 from lum_ray.config import Run
 from lum_ray.data.loader import Loader, evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -25,6 +25,7 @@ from lum_ray.stage import Arrays, to_device
 from lum_ray.steps.gts_prepare import GtsPrepared, prepare_gts
 from lum_ray.steps.prepare import Log, cut_plan, fit_until, select_until, silent
 from lum_ray.steps.session import start_ray
+from lum_ray.steps.train import commit_checkpoint, shaping
 from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
@@ -34,7 +35,6 @@ ALIGN_VERSION, MODEL_VERSION = 10, 11
 BATCH = 128
 CUTOFFS = (5, 10)
 METRICS = ("eval/recall_5", "eval/recall_10", "eval/ndcg_10", "eval/mrr")
-NOT_SHAPING = ("workers", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
 OF_PHASE_2 = ("project", "norm")
 """Parts of the behaviours that Phase I does not train."""
 ALIGN_FIELDS = ("modalities", "fusion", "width", "heads", "layers", "queries", "dropout", "branching", "output_width",
@@ -43,14 +43,13 @@ ALIGN_FIELDS = ("modalities", "fusion", "width", "heads", "layers", "queries", "
 
 def checkpoint_uri(run: Run, prepared: GtsPrepared) -> str:
     """Where the run's checkpoint is: named by what shapes it."""
-    shaping = {name: value for name, value in asdict(run.train).items() if name not in NOT_SHAPING}
-    name = digest(MODEL_VERSION, prepared.fitted.manifest["digest"], run.split, run.section, shaping, run.seed)
+    name = digest(MODEL_VERSION, prepared.fitted.manifest["digest"], run.split, run.section, shaping(run), run.seed)
     return join(run.root, "checkpoints", f"{run.name}-{name}")
 
 
 def align_uri(run: Run, prepared: GtsPrepared) -> str:
     """Where Phase I's checkpoint is; what Phase II alone reads does not rename it."""
-    train = {name: value for name, value in asdict(run.train).items() if name not in (*NOT_SHAPING, "steps")}
+    train = {name: value for name, value in shaping(run).items() if name != "steps"}
     section = {name: getattr(run.section, name) for name in ALIGN_FIELDS}
     name = digest("align", ALIGN_VERSION, prepared.fitted.manifest["digest"], run.split, section, train, run.seed)
     return join(run.root, "checkpoints", f"{run.name}-align-{name}")
@@ -80,20 +79,15 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
             lambda worker: _align_loop(plain, uris, aligned, worker), run.train.workers, gpus, None,
             f"{run.name}-align", run.train.max_failures,
         )  # fmt: skip
-        _commit(aligned, outcome)
+        commit_checkpoint(aligned, outcome)
     log(f"Phase II: {run.train.steps} steps of {run.train.batch} histories, {run.train.workers} worker(s)")
     _record(run, prepared, uri, aligned)
     outcome = fit(
         lambda worker: _loop(plain, uris, uri, aligned, worker), run.train.workers, gpus, None, run.name,
         run.train.max_failures,
     )  # fmt: skip
-    _commit(uri, outcome)
+    commit_checkpoint(uri, outcome)
     return uri
-
-
-def _commit(uri: str, outcome: Mapping[str, Any]) -> None:
-    kept = ("step", "best_step", "best_value", "metrics", "stopped_early")
-    commit(uri, {"kind": "checkpoint", "digest": uri.rsplit("-", 1)[-1], **{name: outcome[name] for name in kept}})
 
 
 def _record(run: Run, prepared: GtsPrepared, uri: str, aligned: str | None) -> None:

@@ -42,14 +42,21 @@ def tasks_of(run: Run) -> dict[str, Task]:
     return tasks
 
 
+def shaping(run: Run) -> dict[str, Any]:
+    """What of `train` shapes the weights; how they are computed does not."""
+    how = ("workers", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
+    return {name: value for name, value in asdict(run.train).items() if name not in how}
+
+
+def commit_checkpoint(uri: str, outcome: Mapping[str, Any]) -> None:
+    """Commit a finished checkpoint with what `train_loop` returned."""
+    kept = ("step", "best_step", "best_value", "metrics", "stopped_early")
+    commit(uri, {"kind": "checkpoint", "digest": uri.rsplit("-", 1)[-1], **{name: outcome[name] for name in kept}})
+
+
 def checkpoint_uri(run: Run, prepared: Prepared) -> str:
     """Where the run's checkpoint is: named by what shapes it, not by where or on how many workers it is trained."""
-    shaping = {
-        name: value
-        for name, value in asdict(run.train).items()
-        if name not in ("workers", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
-    }
-    name = digest(prepared.fitted.manifest["digest"], run.split, run.section, shaping, run.seed)
+    name = digest(prepared.fitted.manifest["digest"], run.split, run.section, shaping(run), run.seed)
     return join(run.root, "checkpoints", f"{run.name}-{name}")
 
 
@@ -78,8 +85,7 @@ def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
 
     log(f"training {run.train.steps} steps of {run.train.batch} windows, {run.train.workers} worker(s)")
     outcome = fit(make_loop, run.train.workers, gpus, None, run.name, run.train.max_failures)
-    kept = ("step", "best_step", "best_value", "metrics", "stopped_early")
-    commit(uri, {"kind": "checkpoint", "digest": uri.rsplit("-", 1)[-1], **{name: outcome[name] for name in kept}})
+    commit_checkpoint(uri, outcome)
     return uri
 
 
