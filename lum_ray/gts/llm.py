@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from lum_ray.artifacts import UserError
 from lum_ray.data.rows import hash_strings, mix, share
 from lum_ray.gts.config import GtsConfig
+from lum_ray.gts.local_weights import FOLDERS, local_weights, place_of
 
 RANDOM: dict[str, dict[str, Any]] = {
     "random": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -32,6 +32,10 @@ RANDOM: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Llamas with random weights, by name: a tiny one for tests, a small one to try things on, one of TinyLlama's shape for
 benchmarks."""
+MEND = (
+    "give the folder of a Llama (config.json, model.safetensors, tokenizer), or `smollm2`, which "
+    "`python -m jobs.weights` makes"
+)
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,12 @@ def load(config: GtsConfig) -> Llm:
             decoder = LlamaModel(LlamaConfig(vocab_size=8, initializer_range=spread, **shape))
         rms, words, tokenizer = 1.0, None, None
     else:
-        place = _place(config.llm)
+        place = _place(config)
         try:
             found = AutoConfig.from_pretrained(place, revision=config.revision)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"gts.llm: {config.llm}: cannot be loaded ({' '.join(str(error).split())[:200]}); give the folder of a "
-                "Llama (config.json, model.safetensors, tokenizer), or `smollm2`, which `python -m jobs.weights` makes"
+                f"gts.llm: {config.llm}: cannot be loaded ({' '.join(str(error).split())[:200]}); {MEND}"
             ) from None
         if found.model_type != "llama":
             raise UserError(f"gts.llm: {config.llm}: expected a Llama, got a model of type {found.model_type!r}")
@@ -94,12 +97,10 @@ def load(config: GtsConfig) -> Llm:
     return Llm(_tuned(decoder, config), decoder.config.hidden_size, rms, words, tokenizer)
 
 
-def _place(name: str) -> str:
-    if name == "smollm2":
-        from lum_ray.gts.local_weights import local_weights
-
-        return local_weights(name)
-    return os.path.expanduser(name)
+def _place(config: GtsConfig) -> str:
+    if config.llm in FOLDERS:
+        return local_weights(config.llm)
+    return place_of(config.llm, "gts.llm", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", MEND, config.revision)
 
 
 def _quietly(kind: Any, place: str, found: Any, revision: str | None) -> Any:

@@ -1,13 +1,17 @@
-"""Where the weights are that `python -m jobs.weights` made from packages at install, so that a run needs no hub."""
+"""Where weights are: made from packages at install by `python -m jobs.weights`, in a folder, or on a hub."""
 
 from __future__ import annotations
 
 import json
 import os
+import urllib.error
+import urllib.request
 
 from lum_ray.artifacts import UserError
 
 FOLDERS = {"smollm2": "smollm2-135m"}
+REACH_S = 5.0
+"""Seconds within which the Hugging Face hub must answer."""
 RECORD = "weights.json"
 """Written last: what the folder was made from, and the size of each of its files."""
 
@@ -39,3 +43,35 @@ def local_weights(name: str) -> str:
             "`python -m jobs.weights`, or set LUM_RAY_WEIGHTS to where it is"
         )
     return folder
+
+
+def place_of(name: str, field: str, example: str, mend: str, revision: str | None = None) -> str:
+    """Where the files of a folder or a Hugging Face id are on this machine, or the id, if the hub can be asked for it.
+
+    Raises UserError, naming the run file's `field`, where neither is so. Left to itself, the hub's client tries for
+    half a minute to more than a minute.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return path
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, revision=revision, local_files_only=True)
+    except HFValidationError:
+        raise UserError(
+            f"{field}: {name!r}: expected a folder that is there, or an id such as {example}; {mend}"
+        ) from None
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=REACH_S):
+            return name
+    except urllib.error.HTTPError:
+        return name  # it answers, if only with a refusal of its front page
+    except OSError as error:
+        raise UserError(
+            f"{field}: {name!r} is no folder, is not in the local Hugging Face cache, and {constants.ENDPOINT} cannot "
+            f"be reached ({getattr(error, 'reason', error)}); {mend}"
+        ) from None

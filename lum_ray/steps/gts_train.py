@@ -20,6 +20,7 @@ from lum_ray.gts.align_stage import AlignStage
 from lum_ray.gts.behaviours import Behaviours
 from lum_ray.gts.collate import next_items
 from lum_ray.gts.llm import digest as llm_digest
+from lum_ray.gts.llm import load
 from lum_ray.gts.stage import GtsStage
 from lum_ray.stage import Arrays, to_device
 from lum_ray.steps.gts_prepare import GtsPrepared, prepare_gts
@@ -67,6 +68,7 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
     if find(uri) is not None:
         log("already trained")
         return uri
+    llm = {"name": run.section.llm, "revision": run.section.revision, "digest": llm_digest(load(run.section).decoder)}
     if run.train.workers > 1:
         start_ray()
     gpus = torch.cuda.is_available()
@@ -74,14 +76,14 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
     uris = tuple(item.uri for item in (prepared.sequences, prepared.items, prepared.tree, prepared.fitted))
     if aligned and find(aligned) is None:
         log(f"Phase I: {run.section.align_steps} steps of {len(run.section.align_tasks)} alignment tasks")
-        _record(run, prepared, aligned, None)
+        _record(run, prepared, aligned, None, llm)
         outcome = fit(
             lambda worker: _align_loop(plain, uris, aligned, worker), run.train.workers, gpus, None,
             f"{run.name}-align", run.train.max_failures,
         )  # fmt: skip
         commit_checkpoint(aligned, outcome)
     log(f"Phase II: {run.train.steps} steps of {run.train.batch} histories, {run.train.workers} worker(s)")
-    _record(run, prepared, uri, aligned)
+    _record(run, prepared, uri, aligned, llm)
     outcome = fit(
         lambda worker: _loop(plain, uris, uri, aligned, worker), run.train.workers, gpus, None, run.name,
         run.train.max_failures,
@@ -90,7 +92,7 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
     return uri
 
 
-def _record(run: Run, prepared: GtsPrepared, uri: str, aligned: str | None) -> None:
+def _record(run: Run, prepared: GtsPrepared, uri: str, aligned: str | None, llm: Mapping[str, Any]) -> None:
     """run.json: everything that a predictor needs beside the weights, by name and digest."""
     parts = {"sequences": prepared.sequences, "items": prepared.items, "tree": prepared.tree, "fitted": prepared.fitted}
     write_json(
@@ -100,17 +102,11 @@ def _record(run: Run, prepared: GtsPrepared, uri: str, aligned: str | None) -> N
             "run": config.dump(run),
             **{name: artifact.manifest["digest"] for name, artifact in parts.items()},
             "aligned": aligned.rsplit("/", 1)[-1] if aligned else None,
-            "llm": {"name": run.section.llm, "revision": run.section.revision, "digest": _llm_digest(run)},
+            "llm": llm,
             "start_day": prepared.sequences.manifest["first_day"],
             "end_day": prepared.sequences.manifest["end_day"],
         },
     )
-
-
-def _llm_digest(run: Run) -> str:
-    from lum_ray.gts.llm import load
-
-    return llm_digest(load(run.section).decoder)
 
 
 def opened(uris: tuple[str, ...]) -> GtsPrepared:

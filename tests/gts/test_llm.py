@@ -64,7 +64,7 @@ def test_a_random_llama_is_the_same_each_time_and_disturbs_no_draw() -> None:
 def test_what_cannot_be_read_is_named(folder: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gts\.keep_layers: .* has 3 layers, so expected at most that, got 4"):
         load(tiny_config(llm=folder, keep_layers=4))
-    with pytest.raises(UserError, match=r"gts\.llm: /nowhere/llama: cannot be loaded .*jobs\.weights"):
+    with pytest.raises(UserError, match=r"gts\.llm: '/nowhere/llama': expected a folder that is there.*jobs\.weights"):
         load(tiny_config(llm="/nowhere/llama"))
     GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="expected a Llama, got a model of type 'gpt2'"):
