@@ -34,7 +34,6 @@ def gts_inputs(config: GtsConfig, count: int, seed: int = 0, text_width: int = 1
         profile_values=(("a", "b"),),
         arrays={
             "hash_N": hash_N,
-            "order_N": np.argsort(hash_N),
             "text_NE": rng.normal(size=(count, text_width)).astype(np.float32),
             "graph_NG": rng.normal(size=(count, config.graph_width)).astype(np.float32),
             "graph_known_N": rng.random(count) < 0.9,

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Items
 from lum_ray.data.expressions import plain
-from lum_ray.data.rows import Int64, Strings, hash_strings
+from lum_ray.data.rows import HashIndex, Int64, Strings, hash_strings
 from lum_ray.data.schema import (
     REJECTS,
     RawFile,
@@ -55,15 +55,12 @@ class Catalogue:
         return len(self.ids)
 
     @cached_property
-    def _by_hash(self) -> tuple[Int64, Int64]:
-        order = np.argsort(self.hash_N).astype(np.int64)
-        return self.hash_N[order], order
+    def _places(self) -> HashIndex:
+        return HashIndex(self.hash_N)
 
     def index_of(self, hashes: Int64) -> Int64:
         """The indices (A,) of the items with these hashes (A,), -1 where the catalogue has no such item."""
-        known, order = self._by_hash
-        place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-        return np.where(known[place] == hashes, order[place], -1)
+        return self._places.of(hashes)
 
     def to_table(self) -> pa.Table:
         """One row an item: item, hash, text, `number.<name>` (null: unknown), `category.<name>`."""

@@ -141,3 +141,16 @@ def hash_strings(texts: Sequence[str] | Strings) -> UInt64:
         inside = lengths > column * 8
         state = np.where(inside, mix(state, words[:, column]), state)
     return state
+
+
+class HashIndex:
+    """Where hashes stand in an array of distinct ones (N,) int64."""
+
+    def __init__(self, hash_N: Int64) -> None:
+        self._order = np.argsort(hash_N).astype(np.int64)
+        self._ascending = hash_N[self._order]
+
+    def of(self, hashes: Int64) -> Int64:
+        """The places (A,) of these hashes (A,), -1 where there is none."""
+        place = np.minimum(np.searchsorted(self._ascending, hashes), len(self._order) - 1)
+        return np.where(self._ascending[place] == hashes, self._order[place], -1).astype(np.int64)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from lum_ray.artifacts import UserError
 from lum_ray.data.rows import Int64, Rows, Samples, expand, mix
+from lum_ray.data.times import NO_TIME
 from lum_ray.evaluation.metrics import Floats
 
 BASELINES: Final = ("popularity", "popularity_7d", "repeat_last", "most_frequent", "text_knn")
@@ -37,7 +38,6 @@ DEPTH: Final = 200
 RECENT_DAYS: Final = 7
 LAST_ITEMS: Final = 10
 """How many of the user's last distinct items `text_knn` looks at."""
-_NO_TIME = -32768  # `Rows.values[:, 2]` of a day-granular event
 _EARLIEST = np.iinfo(np.int32).min
 _TIE_SALT = 48_611
 _COSINE_STEPS = (
@@ -189,7 +189,7 @@ def _seen(rows: Rows, samples: Samples, catalogue: Catalogue) -> _Seen:
     item_A = np.asarray(catalogue.index_of(rows.values[:, 0]), np.int64)
     new = np.zeros(len(item_A), np.bool_)
     new[rows.offsets[:-1][np.diff(rows.offsets) > 0]] = True
-    for column in (rows.days, rows.values[:, 1], rows.values[:, 2] == _NO_TIME):
+    for column in (rows.days, rows.values[:, 1], rows.values[:, 2] == NO_TIME):
         new[1:] |= column[1:] != column[:-1]
     instant_A = np.cumsum(new)
 

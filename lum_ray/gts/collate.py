@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lum_ray.data.rows import Int64, Rows, Samples, expand
-from lum_ray.gts.intervals import DAY_MINUTES, NO_TIME, SLOTLESS, descriptor_ids, gap_buckets, slots, slots_per_day
+from lum_ray.data.times import NO_TIME
+from lum_ray.gts.intervals import DAY_MINUTES, SLOTLESS, descriptor_ids, gap_buckets, slots, slots_per_day
 
 PAD: Final = 0
 DESCRIPTOR: Final = 1

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from lum_ray.data.rows import HashIndex
+
 Modality = Literal["text", "graph", "table"]
 AlignTask = Literal[
     "behaviour_contrastive",
@@ -157,7 +159,7 @@ class GtsInputs:
     """What is fitted before the train cut: shapes and, apart, arrays. N items, E text, G graph, H table width, P the
     profile's, D levels.
 
-    Arrays: `hash_N`, `order_N` (items by hash), `text_NE`, `graph_NG`, `graph_known_N`, `table_NH`, `paths_ND`,
+    Arrays: `hash_N`, `text_NE`, `graph_NG`, `graph_known_N`, `table_NH`, `paths_ND`,
     `collision_N`, `log_q_N` (log share of each item among the training events, smoothed), `words_NT` (the text in the
     compact vocabulary, 0 pads), `profile_scale` (mean and deviation of each number), `holidays` (sorted days).
     """
@@ -180,14 +182,11 @@ class GtsInputs:
 
     def index_of(self, hashes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The catalogue index of item hashes, -1 where unknown."""
-        ascending, order = self._by_hash
-        place = np.minimum(np.searchsorted(ascending, hashes), len(order) - 1)
-        return np.where(ascending[place] == hashes, order[place], -1).astype(np.int64)
+        return self._places.of(hashes)
 
     @cached_property
-    def _by_hash(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        order = self.arrays["order_N"]
-        return self.arrays["hash_N"][order], order
+    def _places(self) -> HashIndex:
+        return HashIndex(self.arrays["hash_N"])
 
     def to_json(self) -> str:
         """All but the arrays."""

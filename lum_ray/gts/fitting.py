@@ -121,7 +121,6 @@ def fit_inputs(
         profile_values=profiles["values"],
         arrays={
             "hash_N": hash_N,
-            "order_N": np.argsort(hash_N).astype(np.int64),
             "text_NE": text_NE,
             "graph_NG": graph,
             "graph_known_N": known,

@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lum_ray.data.rows import Int64
+from lum_ray.data.times import NO_TIME
 
 DAY_MINUTES: Final = 1440
 SLOTLESS: Final = -1
 """The slot of a day-granular event: its day is known, its time is not."""
-NO_TIME: Final = -32768
-"""The offset that marks a day-granular event."""
 
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _WEEKEND = 5  # the first weekday of the weekend

@@ -120,7 +120,6 @@ class Assortment:
         log_q = np.full(len(texts), np.log(SMOOTHING / often.sum()), np.float32)
         arrays = {name: value for name, value in inputs.arrays.items() if name not in EMBEDDED} | {
             "hash_N": hash_N,
-            "order_N": np.argsort(hash_N).astype(np.int64),
             "paths_ND": tree.paths_ND,
             "collision_N": tree.collision_N,
             "count_N": np.concatenate([inputs.arrays["count_N"], np.zeros(len(texts), np.int64)]),

@@ -43,7 +43,6 @@ def inputs_of(count: int = 30, seed: int = 0, config: GtsConfig | None = None) -
         profile_values=(("a", "b"),),
         arrays={
             "hash_N": hashes,
-            "order_N": np.argsort(hashes),
             "text_NE": rng.normal(size=(count, 12)).astype(np.float32),
             "graph_NG": rng.normal(size=(count, 8)).astype(np.float32),
             "graph_known_N": np.arange(count) % 5 > 0,
