@@ -195,12 +195,23 @@ def predict(
     cohorts: Annotated[str, typer.Option(help="shares such as treatment:0.5,control:0.5")] = "",
     salt: Annotated[str, typer.Option(help="another salt is another assignment")] = "lum_ray",
     checkpoint: Checkpoint = None,
+    reading: Annotated[
+        list[str] | None, typer.Option(help="GTS-LUM: retrieve (default), rerank or generate; repeatable")
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", help="GTS-LUM: items a list; default: gts.retrieve")] = None,
+    unseen: Annotated[bool, typer.Option("--unseen", help="GTS-LUM: leave out what a user had")] = False,
 ) -> None:
-    """Predict every user's coming days into parquet files, with a stable assignment to cohorts where asked."""
+    """Predict every user's coming days, or what comes next, into parquet files; with stable cohorts where asked."""
     from lum_ray.steps import predict as step
 
+    loaded = load(run, root, set_)
     day: int | str | None = int(cut) if cut is not None and cut.lstrip("-").isdigit() else cut
-    done(step(load(run, root, set_), say, day, shares(cohorts), salt, checkpoint))
+    lists: dict[str, Any] = {}
+    if loaded.model == "gts":
+        lists = {"readings": reading or ["retrieve"], "k": k, "seen_filter": unseen}
+    elif reading or k is not None or unseen:
+        raise UserError(f"--reading, -k and --unseen are for runs of GTS-LUM, {loaded.name} is one of LUMOS")
+    done(step(loaded, say, day, shares(cohorts), salt, checkpoint, **lists))
 
 
 def shares(text: str) -> dict[str, float]:

@@ -32,7 +32,7 @@ COLLISIONS = 16
 class Behaviours(nn.Module):
     """`gathered` says what there is to say of items, `forward` makes b^F of it. Source: GTS-LUM, fused embedding."""
 
-    def __init__(self, config: GtsConfig, inputs: GtsInputs, out_width: int, rms: float) -> None:
+    def __init__(self, config: GtsConfig, inputs: GtsInputs, out_width: int) -> None:
         super().__init__()
         self.config = config
         arrays, width = inputs.arrays, config.width
@@ -67,9 +67,8 @@ class Behaviours(nn.Module):
         else:
             fused = self.constants["text"].shape[1]
         self.project = nn.Linear(fused, out_width)
-        # As large as the words that the LLM knows, and without a bias: at that scale a trained one outgrows the
-        # differences between items within a few steps, and then all are one.
-        self.norm, self.rms = nn.LayerNorm(out_width, bias=False), rms
+        # without a bias: a trained one outgrows the differences between items within a few steps
+        self.norm = nn.LayerNorm(out_width, bias=False)
 
     def memory(self, items_I: Tensor, hidden_IM: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The modality vectors (I, M, W) and which of them can be seen (I, M) bool: known, and not hidden."""
@@ -110,7 +109,7 @@ class Behaviours(nn.Module):
         variance_F = (share * (reference_RF - center_F).square()).sum(dim=0)
         spread_F = (variance_F + 1e-6).sqrt()  # of one item alone it is 0, and a root has no slope there
         centred = ((gathered_IF - center_F) / spread_F).to(self.project.weight.dtype)
-        return self.rms * self.norm(self.project(centred))  # type: ignore[no-any-return]
+        return self.norm(self.project(centred))  # type: ignore[no-any-return]
 
 
 COLUMNS = {"text": "text_NE", "graph": "graph_NG", "table": "table_NH"}

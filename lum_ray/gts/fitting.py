@@ -20,7 +20,7 @@ from lum_ray.gts.align_stage import vocabulary, word_table
 from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.encoders import node2vec
 from lum_ray.gts.semantic_ids import Tree, build_tree, random_tree
-from lum_ray.gts.tables import fit_table
+from lum_ray.gts.tables import FittedTable, fit_table
 
 MAX_CATEGORIES = 10_000
 SMOOTHING = 1.0
@@ -100,20 +100,19 @@ def fit_inputs(
     profiles: Mapping[str, Any],
     holidays: Int64,
     seed: int,
-) -> GtsInputs:
-    """Everything that the model must know of the data. `edges`: the graph; `profiles`: what `fit_profiles` gave."""
+) -> tuple[GtsInputs, FittedTable]:
+    """Everything that the model must know of the data, and the encoder of the items table, which new items need.
+    `edges`: the graph; `profiles`: what `fit_profiles` gave."""
     count = len(items)
     graph, known = node2vec(*edges, count, width=config.graph_width, seed=seed)
-    table = np.zeros((count, 0), np.float32)
     had = np.flatnonzero(found.count_N)  # what only came later shapes nothing
-    if numbers or categories:
-        known_numbers = {name: column[had] for name, column in numbers.items()}
-        known_categories = {name: column[had] for name, column in categories.items()}
-        fitted = fit_table(known_numbers, known_categories, width=config.table_width, seed=seed)
-        table = fitted.rows(numbers, categories)
+    known_numbers = {name: column[had] for name, column in numbers.items()}
+    known_categories = {name: column[had] for name, column in categories.items()}
+    encoder = fit_table(known_numbers, known_categories, width=config.table_width, seed=seed)
+    table = encoder.rows(numbers, categories) if encoder.width else np.zeros((count, 0), np.float32)
     known_words = vocabulary([texts[item] for item in had.tolist()])
     share_N = (found.count_N + SMOOTHING) / (found.count_N + SMOOTHING).sum()
-    return GtsInputs(
+    inputs = GtsInputs(
         items=tuple(items),
         vocabulary=known_words,
         profile_numbers=profiles["numbers"],
@@ -134,6 +133,7 @@ def fit_inputs(
             "holidays": holidays,
         },
     )
+    return inputs, encoder
 
 
 def fit_profiles(

@@ -32,6 +32,8 @@ RANDOM: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Llamas with random weights, by name: a tiny one for tests, a small one to try things on, one of TinyLlama's shape for
 benchmarks."""
+PROBES, PROBE_TOKENS, SINK = 8, 32, 4
+"""Sequences and tokens of `state_scale`; the first places, which attention may use as a sink, are left out."""
 MEND = (
     "give the folder of a Llama (config.json, model.safetensors, tokenizer), or `smollm2`, which "
     "`python -m jobs.weights` makes"
@@ -49,13 +51,16 @@ class Llm:
     tokenizer: Any
 
     def mean_of_words(self, texts: Sequence[str]) -> Tensor:
-        """The mean embedding of each text's words (n, D) float32. A random Llama has a random one for each text."""
+        """The mean embedding of each text's words (n, D) float32. A random Llama has a random one for each word."""
         if self.words_VD is None:
-            numbers = share(mix(hash_strings(list(texts))[:, None], np.arange(self.width)))
-            return torch.from_numpy((2 * numbers - 1).astype(np.float32)) * (math.sqrt(3) * self.rms)
+            return torch.stack([self._random_words(text.split()).mean(dim=0) for text in texts])
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         none = self.words_VD.new_zeros(self.width)
         return torch.stack([self.words_VD[torch.tensor(row)].mean(dim=0) if row else none for row in rows])
+
+    def _random_words(self, words: list[str]) -> Tensor:
+        numbers = share(mix(hash_strings(words)[:, None], np.arange(self.width)))
+        return torch.from_numpy((2 * numbers - 1).astype(np.float32)) * (math.sqrt(3) * self.rms)
 
 
 def load(config: GtsConfig) -> Llm:
@@ -148,6 +153,21 @@ def digest(decoder: nn.Module) -> str:
             found.update(name.encode())
             found.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:12]
+
+
+def state_scale(decoder: nn.Module, width: int, size: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (D,) of each number of the last states, over random sequences with tokens of this `size`.
+
+    In trained LLMs a few numbers are tens of times larger than the others, whatever is read (Source: Sun et al. 2024,
+    Massive Activations in Large Language Models). A head over the raw state would follow these alone for long.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_BLD = size * torch.randn(PROBES, PROBE_TOKENS, width, generator=generator)
+    training = decoder.training
+    with torch.no_grad():
+        found = states(decoder.eval(), x_BLD)[:, SINK:].flatten(0, 1)
+    decoder.train(training)
+    return found.mean(dim=0), found.std(dim=0) + 1e-6
 
 
 def states(decoder: nn.Module, x_BLD: Tensor) -> Tensor:

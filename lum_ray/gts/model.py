@@ -35,7 +35,7 @@ from lum_ray.gts.behaviours import Behaviours
 from lum_ray.gts.collate import BEHAVIOUR, DESCRIPTOR, PAD, SEP
 from lum_ray.gts.config import PREFIX, GtsConfig, GtsInputs
 from lum_ray.gts.intervals import DESCRIPTORS, GAPS, descriptor_text
-from lum_ray.gts.llm import Llm, load, states
+from lum_ray.gts.llm import Llm, load, state_scale, states
 from lum_ray.gts.prior import Prior, negative_chance
 from lum_ray.nn import MLP, Constants
 
@@ -53,15 +53,18 @@ class Gts(nn.Module):
         self._catalogue: tuple[Tensor, Tensor] | None = None
         llm = llm or load(config)
         self.decoder, self.width = llm.decoder, llm.width
-        self.behaviours = Behaviours(config, inputs, llm.width, llm.rms)
+        # Everything that becomes a token has numbers of size 1 and is scaled to the size of the LLM's words at the end:
+        # at .1, the size of most words, a step of Adam changes a token by a tenth of its length.
+        self.word_size = llm.rms
+        self.behaviours = Behaviours(config, inputs, llm.width)
         words = llm.mean_of_words([descriptor_text(code) for code in range(DESCRIPTORS)])
-        self.descriptors = _started(words, frozen=config.timestamps == "text")
-        self.moods = _table(DESCRIPTORS, llm.width, 1.0) if config.timestamps == "full" else None
-        small = llm.rms * 0.1
+        self.descriptors = _started(words / llm.rms, frozen=config.timestamps == "text")
+        self.moods = _random_linear(llm.width, llm.width) if config.timestamps == "full" else None
+        small = 0.1
         self.slots, self.gaps = _table(config.slots, llm.width, small), _table(GAPS, llm.width, small)
         self.groups = _table(MAX_GROUPS, llm.width, small) if config.timestamps == "position" else None
         named = llm.mean_of_words(["recommend what comes next", "will this come next", "end of the moment", "nothing"])
-        self.tasks = _started(named)  # retrieve, propensity, [SEP], no target
+        self.tasks = _started(named / llm.rms)  # retrieve, propensity, [SEP], no target
         self.target = nn.Parameter(torch.randn(llm.width) * small)
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
         self.user_out = nn.Linear(2 * llm.width, config.output_width)
@@ -70,6 +73,8 @@ class Gts(nn.Module):
         # without a bias: it would be most of every item's direction, since b^F is as small as the LLM's words
         self.item_out = nn.Linear(llm.width, config.output_width, bias=False)
         self.own_norm = nn.LayerNorm(llm.width)
+        center, spread = state_scale(llm.decoder, llm.width, llm.rms)
+        self.usual = Constants({"center_D": center, "spread_D": spread}, persistent=True)
         self.log_scale = nn.Parameter(torch.zeros(1))  # DeepSpeed has no scalars
         self.prior = Prior(config.repeats)
         chance = negative_chance(np.exp(inputs.arrays["log_q_N"].astype(np.float64)), config.negatives)
@@ -78,10 +83,14 @@ class Gts(nn.Module):
             {
                 "log_q_N": torch.from_numpy(inputs.arrays["log_q_N"]),
                 "chance_N": torch.from_numpy((chance * had).astype(np.float32)),
+                "words_ND": _told_apart(words),
             },
             persistent=False,
         )
         self.propensity = MLP(2 * llm.width, config.output_width, 1, 1)
+        assert self.propensity.out is not None
+        nn.init.zeros_(self.propensity.out.weight)
+        nn.init.zeros_(self.propensity.out.bias)
         levels = inputs.arrays["paths_ND"].shape[1]
         heads = (MLP(2 * llm.width, config.output_width, 1, config.branching) for _ in range(levels))
         self.digits = nn.ModuleList(heads)
@@ -93,9 +102,10 @@ class Gts(nn.Module):
     def tokens(self, batch: Batch, fused_UD: Tensor) -> Tensor:
         """The embedded tokens (B, L, D), without a prefix. Source: GTS-LUM, timestamp processing.
 
-        Departs: [SEP] carries what its slot held (the mean of its behaviours, as it is and times a vector of the
-        descriptor), its descriptor and its time ID, because states are read off there, and a few frozen layers bring
-        little of it along by attention alone.
+        Departs: [SEP] carries what its slot held (the mean of its behaviours, as it is and times a vector that the
+        descriptor's words say), its descriptor and its time ID, because states are read off there, and a few frozen
+        layers bring little of it along by attention alone. From words, so that what is learned of Monday evening
+        holds on Tuesday evening.
         """
         kind, how = batch["kind_BL"], self.config.timestamps
         behaviour = (kind == BEHAVIOUR)[..., None]
@@ -105,8 +115,9 @@ class Gts(nn.Module):
             held = self._of_group(batch, x) / self._of_group(batch, behaviour.to(x.dtype)).clamp(min=1)
             closing = held + self._of_group(batch, descriptor) + self.tasks.weight[2]
             if self.moods is not None:
+                moods_ND = self.moods(self.constants["words_ND"].to(self.moods.weight.dtype))
                 code = self._of_group(batch, batch["descriptor_BL"][..., None])[..., 0]
-                closing = closing + held * self.moods(code)
+                closing = closing + held * F.embedding(code, moods_ND)
             x = x + descriptor + closing * (kind == SEP)[..., None]
         if how in ("full", "component"):
             time = self.slots(batch["slot_BL"]) + self.gaps(batch["gap_BL"])
@@ -145,7 +156,7 @@ class Gts(nn.Module):
             x = torch.cat([x, x.new_zeros(len(rows), 1, x.shape[2])], dim=1)
             place = (PREFIX + batch["length_B"][rows])[:, None, None].expand(-1, 1, x.shape[2])
             x = x.scatter(1, place, (target_D + self.target).to(x.dtype)[:, None])
-        return states(self.decoder, x), x
+        return states(self.decoder, self.word_size * x), x
 
     def ends(self, found: tuple[Tensor, Tensor], index: Tensor, place: Tensor) -> Tensor:
         """What is read off (X, 2 D) of what `read` found: the LLM's state at `place`, and the token that stood there.
@@ -153,7 +164,8 @@ class Gts(nn.Module):
         Departs: a frozen LLM's state says what came before far more softly than the token, which holds the last slot.
         """
         states_BTD, x_BTD = found
-        state_XD = states_BTD[index, place]
+        scaled_XD = (states_BTD[index, place] - self.usual["center_D"]) / self.usual["spread_D"]
+        state_XD = scaled_XD.to(states_BTD.dtype)
         return torch.cat([state_XD, self.own_norm(x_BTD[index, place]).to(state_XD.dtype)], dim=-1)
 
     def last(self, batch: Batch, rows: Tensor, found: tuple[Tensor, Tensor], with_target: bool) -> Tensor:
@@ -249,9 +261,10 @@ class Gts(nn.Module):
 
     def follows(self, state_XD: Tensor, candidate_XD: Tensor) -> Tensor:
         """The logit (X,) of a candidate in front (its b^F) from the last state: a scalar head, and the match of that
-        state with the candidate's embedding, as in reading R, so that P starts from what R knows."""
+        state with the candidate's embedding, as in reading R, so that P starts from what R knows. R alone trains the
+        match: P's few candidates, each weighed by its chance of being asked, would drown R's many in noise."""
         match = (self.user(state_XD) * self.item(candidate_XD)).sum(-1) * self.scale()
-        return self.propensity(state_XD).float()[..., 0] + match  # type: ignore[no-any-return]
+        return self.propensity(state_XD).float()[..., 0] + match.detach()  # type: ignore[no-any-return]
 
     def generate(self, state_RD: Tensor, items_R: Tensor) -> list[Tensor]:
         """Logits (R, branching) of each level of the semantic ID, given the digits of the levels before.
@@ -272,6 +285,21 @@ def _table(count: int, width: int, std: float) -> nn.Embedding:
     table = nn.Embedding(count, width)
     nn.init.normal_(table.weight, std=std)
     return table
+
+
+def _random_linear(width: int, out_width: int) -> nn.Linear:
+    """Inputs with numbers of size 1 give outputs with numbers of size 1."""
+    layer = nn.Linear(width, out_width)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return layer
+
+
+def _told_apart(words_ND: Tensor) -> Tensor:
+    """Descriptors without what all their words share, each with numbers of size 1; the first, of no time, is 0."""
+    apart = words_ND - words_ND[1:].mean(dim=0)
+    apart = apart / apart.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
+    apart[0] = 0.0
+    return apart
 
 
 def _started(words_ND: Tensor, frozen: bool = False) -> nn.Embedding:

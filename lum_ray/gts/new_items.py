@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from lum_ray.gts.encoders import embed_texts
 from lum_ray.gts.fitting import SMOOTHING
 from lum_ray.gts.semantic_ids import Tree
 from lum_ray.gts.stage import GtsStage
-from lum_ray.gts.tables import FittedTable, fit_table
+from lum_ray.gts.tables import FittedTable
 from lum_ray.nn import Constants
 
 NewItems = Mapping[str, str | Mapping[str, Any]]
@@ -36,62 +35,18 @@ NewItems = Mapping[str, str | Mapping[str, Any]]
 What is left out of a row is null; without any column the item has no row."""
 EMBEDDED = ("text_NE", "graph_NG", "graph_known_N", "table_NH", "words_NT")
 """The arrays of `GtsInputs` that only making tokens of items reads: what was added does without."""
-CHECKED = 64
-TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class FittedColumns:
-    """The items table of the fit, from which its encoder is made again when a new item brings columns."""
-
-    numbers: Mapping[str, npt.NDArray[np.float64]]
-    categories: Mapping[str, npt.NDArray[np.object_]]
-    table_NH: npt.NDArray[np.float32]
-    seed: int
-
-    @cached_property
-    def encoder(self) -> FittedTable:
-        """What `fitting.fit_inputs` fitted: the same call gives the same vectors. Raises UserError if it does not."""
-        with torch.inference_mode(False), torch.enable_grad():
-            found = fit_table(self.numbers, self.categories, width=self.table_NH.shape[1], seed=self.seed)
-        some = slice(0, CHECKED)
-        rows = found.rows(
-            {name: column[some] for name, column in self.numbers.items()},
-            {name: column[some] for name, column in self.categories.items()},
-        )
-        if not np.allclose(rows, self.table_NH[some], atol=TOLERANCE):
-            raise UserError(
-                "new_items: this machine does not make the table's encoder as the fit did; give the texts alone, or "
-                "prepare again with the new items in the items table"
-            )
-        return found
-
-    def rows(self, given: Mapping[str, Mapping[str, Any]]) -> npt.NDArray[np.float32]:
-        """The vectors (M, H) of items with columns. Raises UserError for one that is no number."""
-        numbers, categories = {}, {}
-        for name in self.numbers:
-            try:
-                column = [float("nan") if row.get(name) is None else float(row[name]) for row in given.values()]
-            except (TypeError, ValueError):
-                bad = next(key for key, row in given.items() if not isinstance(row.get(name), (int, float, type(None))))
-                raise UserError(f"new_items.{bad}.{name}: expected a number, got {given[bad][name]!r}") from None
-            numbers[name] = np.where(np.isfinite(column), column, np.nan)
-        for name in self.categories:
-            values = [text_of(row.get(name)) for row in given.values()]
-            categories[name] = np.array(values, np.object_)
-        return self.encoder.rows(numbers, categories)
 
 
 @dataclass(frozen=True)
 class Assortment:
-    """What can be recommended: a stage over N items, their texts, the tree that gives new items an ID, and what was
-    fitted (the same whatever was added)."""
+    """What can be recommended: a stage over N items, their texts, the tree that gives new items an ID, what was fitted
+    (the same whatever was added), and the encoder of the items table."""
 
     stage: GtsStage
     text: tuple[str, ...]
     tree: Tree
     fitted: GtsInputs
-    columns: FittedColumns
+    table: FittedTable
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -103,7 +58,7 @@ class Assortment:
         Raises UserError for ids that are there already, empty texts and unknown columns.
         """
         inputs, module = self.stage.inputs, self.stage.module
-        texts, attributes = _checked(given, inputs, (*self.columns.numbers, *self.columns.categories))
+        texts, attributes = _checked(given, inputs, (*self.table.layout.numbers, *self.table.layout.categories))
         text_ME = embed_texts(list(texts.values()), self.stage.config.text_encoder)
         tree = self.tree.with_items(text_ME)
         paths_MD, collision_M = tree.paths_ND[inputs.count :], tree.collision_N[inputs.count :]
@@ -129,7 +84,7 @@ class Assortment:
         twin = copy.copy(module)  # shares every weight; only its items are others
         twin._modules = dict(module._modules)
         log_q_N = torch.from_numpy(more.arrays["log_q_N"]).to(fused_ND.device)
-        twin.constants = Constants({"log_q_N": log_q_N, "chance_N": chance_N}, persistent=False)
+        twin.constants = Constants(dict(module.constants.named_buffers()) | {"log_q_N": log_q_N}, persistent=False)
         twin.inputs, twin._catalogue = more, catalogue
         stage = GtsStage(self.stage.config, more, self.stage.until_day, self.stage.seed, twin)
         return replace(self, stage=stage, text=(*self.text, *texts.values()), tree=tree)
@@ -154,7 +109,7 @@ class Assortment:
                 known[name] = np.zeros(count, np.bool_)
         if attributes and "table" in own.modalities:
             rows = [place[name] for name in attributes]
-            vectors["table"][rows] = self.columns.rows(attributes)
+            vectors["table"][rows] = _table_rows(self.table, attributes)
             known["table"][rows] = True
         constants: dict[str, torch.Tensor] = {
             name: torch.from_numpy(np.asarray(vectors[name] / _size(arrays[COLUMNS[name]]), np.float32))
@@ -170,6 +125,22 @@ class Assortment:
         part._modules = dict(own._modules)  # so that the constants below are the copy's alone
         part.constants = Constants(constants, persistent=False)
         return part
+
+
+def _table_rows(table: FittedTable, given: Mapping[str, Mapping[str, Any]]) -> npt.NDArray[np.float32]:
+    """The vectors (M, H) of items with columns. Raises UserError for one that is no number."""
+    numbers, categories = {}, {}
+    for name in table.layout.numbers:
+        try:
+            column = [float("nan") if row.get(name) is None else float(row[name]) for row in given.values()]
+        except (TypeError, ValueError):
+            bad = next(key for key, row in given.items() if not isinstance(row.get(name), (int, float, type(None))))
+            raise UserError(f"new_items.{bad}.{name}: expected a number, got {given[bad][name]!r}") from None
+        numbers[name] = np.where(np.isfinite(column), column, np.nan)
+    for name in table.layout.categories:
+        categories[name] = np.array([text_of(row.get(name)) for row in given.values()], np.object_)
+    with torch.inference_mode(False):
+        return table.rows(numbers, categories)
 
 
 def _size(values_NE: npt.NDArray[Any]) -> float:

@@ -30,10 +30,11 @@ from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.inference import Method, asked_logits, best, scores_by, user_embeddings, without_seen
 from lum_ray.gts.inference import rerank as reranked
 from lum_ray.gts.llm import digest as llm_digest
-from lum_ray.gts.new_items import Assortment, FittedColumns, NewItems
+from lum_ray.gts.new_items import Assortment, NewItems
 from lum_ray.gts.requests import FAR_FUTURE, History, Read, Request, RequestReader
 from lum_ray.gts.semantic_ids import Tree
 from lum_ray.gts.stage import GtsStage
+from lum_ray.gts.tables import FittedTable
 from lum_ray.stage import to_device
 
 __all__ = ["Answer", "Asked", "Items", "Predictor", "Propensities", "Recommended", "Request", "load_stage", "record_of"]
@@ -139,7 +140,7 @@ class Predictor:
         if tuple(catalogue.ids) != inputs.items or len(ids) != inputs.count:
             raise UserError(f"{uri}: its items, tree and fitted statistics do not belong together; train anew")
         stage = load_stage(uri, inputs, device)
-        table = FittedColumns(catalogue.numbers, catalogue.categories, inputs.arrays["table_NH"], run.seed)
+        table = _table(fitted)
         assortment = Assortment(stage, tuple(catalogue.text), ids, inputs, table)
         if new_items:
             assortment = assortment.add(new_items)
@@ -363,6 +364,11 @@ def _catalogue(folder: str) -> Catalogue:
 
 def _tree(folder: str) -> Tree:
     return _read(join(folder, "tree.safetensors"), lambda place: Tree.from_arrays(load_arrays(read_bytes(place))))
+
+
+def _table(folder: str) -> FittedTable:
+    place = join(folder, "table.safetensors")
+    return _read(place, lambda place: FittedTable.from_arrays(load_arrays(read_bytes(place))))
 
 
 def _places(goods: Assortment, items: Sequence[str]) -> list[int]:

@@ -140,15 +140,15 @@ def gts_simulator() -> Run:
             rerank=20,
         ),
         train=Train(
-            steps=500,
+            steps=1000,
             batch=32,
             micro_batch=32,
             learning_rate=2e-3,
             warmup_share=0.05,
             ema=0.99,
-            validate_every=100,
+            validate_every=200,
             validate_users=500,
-            checkpoint_every=100,
+            checkpoint_every=200,
             keep_best="eval/recall_10",
         ),
     )

@@ -110,11 +110,12 @@ def _fit(run: Run, prepared: GtsPrepared, stage: GtsStage, found: Statistics, pr
     catalogue, text_NE = prepared.catalogue, prepared.texts()
     tree = fit_tree(run.section, text_NE, found.count_N > 0, run.seed)
     edges = graph_edges(run, catalogue, found, fit_until(run, int(prepared.sequences.manifest["end_day"])), silent)
-    inputs = fit_inputs(
+    inputs, table = fit_inputs(
         run.section, catalogue.ids, catalogue.text, catalogue.hash_N, catalogue.numbers, catalogue.categories, text_NE,
         tree, found, edges, profiles, stage.inputs.arrays["holidays"], run.seed,
     )  # fmt: skip
-    return {**inputs.arrays, **{f"tree.{key}": value for key, value in tree.to_arrays().items()}}
+    others = {"tree": tree.to_arrays(), "table": table.to_arrays()}
+    return inputs.arrays | {f"{part}.{key}": value for part, arrays in others.items() for key, value in arrays.items()}
 
 
 def holiday_check(stage: GtsStage, cases: Cases, score: Callable[[GtsStage, Cases], npt.NDArray[Any]]) -> Check:

@@ -44,7 +44,7 @@ from lum_ray.gts.tree_quality import quality
 from lum_ray.steps.prepare import Log, cut_plan, fit_until, raw_items, raw_tables, silent
 from lum_ray.steps.session import start_ray
 
-FITTED_VERSION = 3
+FITTED_VERSION = 4
 HOLIDAYS_AHEAD_DAYS = 366
 
 
@@ -225,7 +225,7 @@ def _fitted(
     timelines = Timelines.open(sequences.uri)
     found: Statistics = counted()
     text_NE, ids = GtsPrepared(items, items, items, items).texts(), open_tree(tree)
-    inputs = fit_inputs(
+    inputs, table = fit_inputs(
         section,
         catalogue.ids,
         catalogue.text,
@@ -243,6 +243,7 @@ def _fitted(
     write_bytes(join(uri, "inputs.json"), inputs.to_json().encode())
     arrays = {key: np.ascontiguousarray(value) for key, value in inputs.arrays.items()}
     write_bytes(join(uri, "inputs.safetensors"), save_arrays(arrays))
+    write_bytes(join(uri, "table.safetensors"), save_arrays(table.to_arrays()))
     log("judging the ID tree against random IDs")
     vectors = (inputs.arrays["graph_NG"], inputs.arrays["graph_known_N"])
     figures = quality(ids, text_NE, found.edges_M2, found.weights_M, node2vec=vectors, refit=_refit(section))

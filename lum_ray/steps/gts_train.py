@@ -31,7 +31,7 @@ from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 
-ALIGN_VERSION, MODEL_VERSION = 10, 11
+ALIGN_VERSION, MODEL_VERSION = 10, 12
 """Part of the digests of Phase I's and Phase II's checkpoints: raised whenever the same settings train otherwise."""
 BATCH = 128
 CUTOFFS = (5, 10)
@@ -125,7 +125,7 @@ def _align_loop(plain: Mapping[str, Any], uris: tuple[str, ...], uri: str, worke
     prepared = opened(uris)
     timelines = Timelines.open(prepared.sequences.uri)
     torch.manual_seed(run.seed + run.train.seed)
-    behaviours = Behaviours(run.section, prepared.inputs, 1, 1.0)
+    behaviours = Behaviours(run.section, prepared.inputs, 1)
     stage = AlignStage(run.section, prepared.inputs, behaviours, run.train.seed)
     steps = run.section.align_steps
     settings = replace(

@@ -73,7 +73,7 @@ def made() -> tuple[AlignStage, dict[str, torch.Tensor], dict[str, torch.Tensor]
     inputs = inputs_of(config=config)
     rows = rows_of(inputs, users=32, events=40)
     torch.manual_seed(0)
-    stage = AlignStage(config, inputs, Behaviours(config, inputs, 1, 1.0))
+    stage = AlignStage(config, inputs, Behaviours(config, inputs, 1))
     train = stage.collate(rows, samples_of(rows, 120, step=1))
     held = stage.collate(rows, samples_of(rows, 135, step=2))
     device = torch.device("cpu")

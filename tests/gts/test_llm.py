@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lum_ray.artifacts import UserError
-from lum_ray.gts.llm import digest, load, states
+from lum_ray.gts.llm import digest, load, state_scale, states
 from tests.gts.world import tiny_config
 
 WORDS = {"<unk>": 0, "monday": 1, "morning": 2, "rush": 3}
@@ -59,6 +59,27 @@ def test_a_random_llama_is_the_same_each_time_and_disturbs_no_draw() -> None:
     assert torch.equal(torch.randn(3), expected)
     assert digest(one.decoder) == digest(load(tiny_config()).decoder)
     assert torch.equal(one.mean_of_words(["a", "b"]), load(tiny_config()).mean_of_words(["a", "b"]))
+
+
+def test_a_random_llama_says_the_same_of_the_same_word() -> None:
+    llm = load(tiny_config())
+    monday, tuesday, both = llm.mean_of_words(["Monday", "Tuesday", "Monday Tuesday"])
+    assert torch.allclose(both, (monday + tuesday) / 2) and not torch.allclose(monday, tuesday)
+
+
+def test_the_size_of_states_is_measured_number_by_number() -> None:
+    """A number that the norm makes fifty times as large, as trained LLMs do, is as wide as the others once scaled."""
+    llm = load(tiny_config())
+    decoder = llm.decoder.train()
+    with torch.no_grad():
+        decoder.norm.weight[3] = 50.0  # type: ignore[union-attr, operator, index]
+    center, spread = state_scale(decoder, llm.width, llm.rms)
+    assert decoder.training and spread[3] > 20 * spread.median()
+    x = torch.randn(64, 24, llm.width, generator=torch.Generator().manual_seed(1)) * llm.rms
+    with torch.no_grad():
+        scaled = ((states(decoder, x)[:, 4:] - center) / spread).flatten(0, 1)
+    assert scaled.mean(dim=0).abs().max() < 0.3
+    assert scaled.std(dim=0).min() > 0.7 and scaled.std(dim=0).max() < 1.4
 
 
 def test_what_cannot_be_read_is_named(folder: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lum_ray.gts.config import PREFIX
+from lum_ray.gts.intervals import DESCRIPTORS, descriptor_text
 from lum_ray.gts.stage import GtsStage
 from lum_ray.stage import to_device
 from tests.gts.world import inputs_of, rows_of, samples_of, tiny_config
@@ -50,6 +51,32 @@ def test_without_a_target_reading_p_is_never_trained() -> None:
     rows = rows_of(inputs)
     batch = GtsStage(config, inputs, 140).collate(rows, samples_of(rows))
     assert len(batch["asked_sample_P"]) == 0 and len(batch["query_sample_R"]) > 0
+
+
+def test_p_starts_from_what_r_knows_and_does_not_train_it() -> None:
+    config = tiny_config(propensity_share=1.0)
+    inputs = inputs_of(config=config)
+    rows = rows_of(inputs)
+    stage = GtsStage(config, inputs, 140)
+    batch = to_device(stage.collate(rows, samples_of(rows)), CPU)
+    assert len(batch["asked_sample_P"]) > 0
+    torch.nn.init.normal_(stage.module.user_out.weight)
+    torch.nn.init.normal_(stage.module.propensity.out.weight)  # type: ignore[union-attr]
+    stage.module.losses(batch)[1].backward()  # type: ignore[no-untyped-call]
+    matches = [*stage.module.user_out.parameters(), *stage.module.item_out.parameters(), stage.module.log_scale]
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in matches)
+    assert stage.module.target.grad is not None and stage.module.target.grad.any()
+    assert stage.module.behaviours.project.weight.grad.any()  # type: ignore[union-attr]
+
+
+def test_a_part_of_the_day_is_alike_on_all_weekdays() -> None:
+    """What is learned of Monday evening holds on Tuesday evening, and less on Monday at lunchtime."""
+    stage, _ = made()
+    moods = stage.module.moods(stage.module.constants["words_ND"])  # type: ignore[misc]
+    code = {descriptor_text(code): code for code in range(DESCRIPTORS)}
+    monday, tuesday = moods[code["Monday evening"]], moods[code["Tuesday evening"]]
+    lunch = moods[code["Wednesday lunchtime"]]
+    assert torch.cosine_similarity(monday, tuesday, dim=0) > torch.cosine_similarity(monday, lunch, dim=0) + 0.2
 
 
 def test_pads_never_change_a_score() -> None:

@@ -167,11 +167,18 @@ def test_a_cold_user_gets_what_is_popular(predictor: Predictor, users: list[str]
     assert [item.probability for item in asked] == pytest.approx(np.sort(share)[::-1][:5].tolist(), rel=1e-5)
 
 
-def test_new_items_without_a_fit(predictor: Predictor, users: list[str]) -> None:
+def test_the_encoder_of_the_items_table_is_kept(tiny_gts: Run, predictor: Predictor) -> None:
+    goods, catalogue = predictor.assortment, prepare(tiny_gts).catalogue
+    again = goods.table.rows(catalogue.numbers, catalogue.categories)
+    np.testing.assert_allclose(again, goods.fitted.arrays["table_NH"], atol=1e-5)
+
+
+def test_new_items_without_a_fit(tiny_gts: Run, predictor: Predictor, users: list[str]) -> None:
     """Such an item is what the trained module makes of its text, its row and its path, with the graph hidden."""
     goods = predictor.assortment
     model = goods.stage.module.behaviours
-    row = {"format": goods.columns.categories["format"][3], "price": float(goods.columns.numbers["price"][3])}
+    catalogue = prepare(tiny_gts).catalogue
+    row = {"format": catalogue.categories["format"][3], "price": float(catalogue.numbers["price"][3])}
     new: dict[str, Any] = {"text alone": goods.text[3], "with a row": {"text": goods.text[3], **row}}
     more = goods.add(new)
     assert more.ids == (*goods.ids, *new)

@@ -38,7 +38,7 @@ def test_two_ranks_equal_one_with_the_double_batch(phase: int) -> None:
     torch.manual_seed(0)
     stage: Stage = GtsStage(config, inputs, 140)
     if phase == 1:
-        stage = AlignStage(config, inputs, Behaviours(config, inputs, 1, 1.0))
+        stage = AlignStage(config, inputs, Behaviours(config, inputs, 1))
     stage.module.train()
     dealt = [np.arange(0, 5), np.arange(5, 12), np.zeros(0, np.int64)]
     whole = [stage.collate(rows, samples_of(rows, step=3))]

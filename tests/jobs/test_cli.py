@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -76,6 +77,18 @@ def test_options_that_do_not_go_together_are_refused_and_not_ignored(words: tupl
     done = command("evaluate", "lumos_tiny", *words)
     assert done.returncode == 1
     assert said in done.stderr
+
+
+def test_lists_of_items_by_any_reading(tiny_gts: Run, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(commented(tiny_gts))
+    done = command("predict", str(file), "--reading", "retrieve", "--reading", "rerank", "-k", "3", "--unseen")
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(f"{done.stdout.strip()}/rankings")
+    assert set(table["reading"].to_pylist()) == {"retrieve", "rerank"} and set(table["rank"].to_pylist()) == {1, 2, 3}
+    assert all(table["seen_filter"].to_pylist())
+    refused = command("predict", "lumos_tiny", "--root", str(tmp_path), "-k", "3")
+    assert refused.returncode == 1 and "--reading, -k and --unseen are for runs of GTS-LUM" in refused.stderr
 
 
 def test_what_gts_lum_does_not_have_is_said_before_anything_is_trained(tmp_path: Path) -> None:
