@@ -35,6 +35,9 @@ IndexOf = Callable[[Int64], Int64]
 Layout = Literal["full", "none"]
 Bool = npt.NDArray[np.bool_]
 
+RECENT: Final = (2, 5, 12, 30)
+"""Of how many of the latest instants `seen_items` counts those with the item."""
+
 _EARLIEST = np.iinfo(np.int32).min
 
 
@@ -277,7 +280,8 @@ def seen_items(
 
     - query_sample_S, query_group_S, item_S;
     - count_S: instants with the item; since_S: instants since it was last seen (1: in the last one);
-    - instants_S: instants of the history.
+    - instants_S: instants of the history;
+    - recent_SW: of its latest RECENT instants, those with the item.
 
     `tokens`: what `token_arrays` gave for the same rows, samples and slots. `only`: the items (M,) that are asked for;
     without it "all" has as many entries as queries times items, which for long histories is most of a batch's memory.
@@ -303,7 +307,8 @@ def seen_items(
     order, new_item = order[occurs], new_item[occurs]
     before = np.concatenate([[0], np.cumsum(occurs)]).astype(np.int64)
     place = np.arange(len(order))
-    count = place - np.maximum.accumulate(np.where(new_item, place, 0)) + 1
+    first_place = np.maximum.accumulate(np.where(new_item, place, 0))
+    count = place - first_place + 1
     group = runs.of_K[order]
     # it is the item's latest occurrence from the end of its group until the group in which the item comes again
     until = np.full(len(order), np.iinfo(np.int64).max)
@@ -320,6 +325,10 @@ def seen_items(
     sample, occurrence = sample[which], occurrence[which]
     final = instants.of_K[runs.start[query + 1] - 1]
     first = instants.of_K[offsets[samples.row[sample]]]
+    # occurrences by (row and item, instant), to find the first that still lies within a window
+    wide = len(instants.start) + 1
+    keys, own = first_place * wide + instants.of_K[order], first_place[occurrence] * wide
+    begins = [np.searchsorted(keys, own + np.maximum(final - window + 1, 0)) for window in RECENT]
     return {
         "query_sample_S": sample,
         "query_group_S": query - oldest[sample],
@@ -327,4 +336,5 @@ def seen_items(
         "count_S": count[occurrence],
         "since_S": final - instants.of_K[order][occurrence] + 1,
         "instants_S": final - first + 1,
+        "recent_SW": np.stack([occurrence + 1 - begin for begin in begins], axis=1),
     }

@@ -155,7 +155,7 @@ class GtsStage:
     def _features(self, found: dict[str, Int64]) -> npt.NDArray[np.float32]:
         """The repeat features (S, F) of what `seen_items` found."""
         log_q = self.inputs.arrays["log_q_N"][found["item_S"]]
-        return repeat_features(found["count_S"], found["since_S"], found["instants_S"], log_q)
+        return repeat_features(found["count_S"], found["since_S"], found["instants_S"], found["recent_SW"], log_q)
 
     def _had(self, rows: Rows, samples: Samples, batch: Arrays) -> Arrays:
         """What each user had before the cut: `had_sample_S`, `had_item_S`, `had_SF`."""

@@ -31,7 +31,7 @@ from lum_ray.training.engine import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 
-ALIGN_VERSION, MODEL_VERSION = 10, 12
+ALIGN_VERSION, MODEL_VERSION = 10, 13
 """Part of the digests of Phase I's and Phase II's checkpoints: raised whenever the same settings train otherwise."""
 BATCH = 128
 CUTOFFS = (5, 10)

@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lum_ray.data.rows import Rows, Samples, hash_strings, mix
-from lum_ray.gts.collate import BEHAVIOUR, DESCRIPTOR, PAD, SEP, dense_targets, next_items, seen_items, token_arrays
+from lum_ray.gts.collate import (
+    BEHAVIOUR,
+    DESCRIPTOR,
+    PAD,
+    RECENT,
+    SEP,
+    dense_targets,
+    next_items,
+    seen_items,
+    token_arrays,
+)
 from lum_ray.gts.intervals import NO_TIME, SLOTLESS, descriptor_ids, descriptor_text, gap_buckets
 
 NAMES = ["a", "b", "c", "d", "again", "x", "y"]
@@ -171,8 +181,8 @@ def plain_dense(sample: Plain) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def plain_seen(sample: Plain, which: str) -> list[tuple[int, int, int, int, int]]:
-    """(group, item, count, since, instants) of each query."""
+def plain_seen(sample: Plain, which: str) -> list[tuple[int, ...]]:
+    """(group, item, count, since, instants, and of the latest RECENT ones) of each query."""
     found = []
     for last in range(sample.first_kept, len(sample.groups)):
         if which == "last" and last < len(sample.groups) - 1:
@@ -183,7 +193,8 @@ def plain_seen(sample: Plain, which: str) -> list[tuple[int, int, int, int, int]
             held = [number for number, items in enumerate(instants) if item in items]
             if held:
                 since = len(instants) - held[-1]
-                found.append((last - sample.first_kept, item, len(held), since, len(instants)))
+                recent = (sum(number >= len(instants) - window for number in held) for window in RECENT)
+                found.append((last - sample.first_kept, item, len(held), since, len(instants), *recent))
     return sorted(found)
 
 
@@ -246,7 +257,8 @@ def test_everything_equals_plain_loops(
     ]
     for groups in ("last", "all"):
         seen = seen_items(rows, samples, index_of, slot_minutes, tokens, groups)
-        assert sorted(zip(*(array.tolist() for array in seen.values()))) == [
+        columns = [column for array in seen.values() for column in np.atleast_2d(array.T).tolist()]
+        assert sorted(zip(*columns)) == [
             (number, *entry) for number, sample in enumerate(expected) for entry in plain_seen(sample, groups)
         ]
         assert all(array.dtype == np.int64 for array in seen.values())
@@ -372,7 +384,7 @@ def test_one_event_and_none() -> None:
     assert [array.tolist() for array in next_items(rows, samples, index_of, 5)] == [[], []]
     assert all(len(array) == 0 for array in dense_targets(rows, samples, index_of, 15, tokens))
     seen = seen_items(rows, samples, index_of, 15, tokens, "all")
-    assert [array.tolist() for array in seen.values()] == [[1], [0], [1], [1], [1], [1]]
+    assert [array.tolist() for array in seen.values()] == [[1], [0], [1], [1], [1], [1], [[1, 1, 1, 1]]]
     with pytest.raises(ValueError, match=r"groups.*'first'"):
         seen_items(rows, samples, index_of, 15, tokens, "first")  # type: ignore[arg-type]
 
@@ -392,9 +404,9 @@ def test_a_count_is_one_of_instants_and_reaches_behind_what_was_cut_off() -> Non
     assert read(tokens) == ["Saturday night", "b0", "|", "Sunday night", "c0", "|"]
     seen = seen_items(rows, samples, index_of, 15, tokens, "all")
     assert list(zip(*(array.tolist() for array in list(seen.values())[1:]))) == [
-        (0, 0, 2, 2, 3), (1, 0, 2, 3, 4),  # a: twice, last at the second instant
-        (0, 1, 2, 1, 3), (1, 1, 2, 2, 4),  # b: twice, last at the third
-        (1, 2, 1, 1, 4),
+        (0, 0, 2, 2, 3, [1, 2, 2, 2]), (1, 0, 2, 3, 4, [0, 2, 2, 2]),  # a: twice, last at the second instant
+        (0, 1, 2, 1, 3, [2, 2, 2, 2]), (1, 1, 2, 2, 4, [1, 2, 2, 2]),  # b: twice, last at the third
+        (1, 2, 1, 1, 4, [1, 1, 1, 1]),
     ]  # fmt: skip
     row_T, group_T, item_T = dense_targets(rows, samples, index_of, 15, tokens)
     assert (row_T.tolist(), group_T.tolist(), item_T.tolist()) == ([0], [0], [2])

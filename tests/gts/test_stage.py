@@ -134,8 +134,10 @@ def test_a_wide_beam_finds_the_exhaustive_probabilities() -> None:
 
 
 def test_repeat_features_by_hand() -> None:
-    found = repeat_features(np.array([1, 3]), np.array([1, 4]), np.array([4, 6]), np.array([-2.0, -3.0]))
-    expected = [[np.log(2), 0.0, np.log(0.25), -2.0], [np.log(4), np.log(4), np.log(0.5), -3.0]]
+    recent = np.array([[1, 1, 1, 1], [0, 1, 3, 3]])
+    found = repeat_features(np.array([1, 3]), np.array([1, 4]), np.array([4, 6]), recent, np.array([-2.0, -3.0]))
+    logs = np.log([[2, 2, 2, 2], [1, 2, 4, 4]])
+    expected = [[np.log(2), 0.0, np.log(0.25), -2.0, *logs[0]], [np.log(4), np.log(4), np.log(0.5), -3.0, *logs[1]]]
     assert found == pytest.approx(np.array(expected), abs=1e-6)
 
 
