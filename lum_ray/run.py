@@ -22,7 +22,7 @@ class Source:
     """Where raw tables come from when they are not there yet: an adapter writes them under `<root>/raw/`."""
 
     __pydantic_config__: ClassVar = STRICT
-    adapter: Literal["complete_journey", "next_item", "oulad", "simulator"]
+    adapter: Literal["complete_journey", "ml_100k", "next_item", "oulad", "simulator"]
     path: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

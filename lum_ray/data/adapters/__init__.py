@@ -13,11 +13,12 @@ from lum_ray.artifacts import UserError
 # Modules by name, imported on use: an adapter's packages are asked for only where it is used.
 ADAPTERS = {
     "complete_journey": "lum_ray.data.adapters.complete_journey",
+    "ml_100k": "lum_ray.data.adapters.ml_100k",
     "next_item": "lum_ray.data.adapters.next_item",
     "oulad": "lum_ray.data.adapters.oulad",
     "simulator": "lum_ray.data.adapters.simulator",
 }
-VERSIONS = {"complete_journey": 1, "next_item": 1, "oulad": 2, "simulator": 1}
+VERSIONS = {"complete_journey": 1, "ml_100k": 1, "next_item": 1, "oulad": 2, "simulator": 1}
 """What an adapter writes has changed where its number has: tables of another version are written anew."""
 
 
