@@ -48,6 +48,7 @@ bench: env
 	$(BIN)/python -m jobs.bench.gpu --model gts --quick
 	$(BIN)/python -m jobs.bench.quality_lumos --dataset simulator --quick
 	$(BIN)/python -m jobs.bench.ablations_lumos --dataset simulator --only pad --quick
+	$(BIN)/python -m jobs.bench.ablations_gts --dataset simulator --only target --quick
 
 clean:
 	rm -rf $(RUNS) build *.egg-info .mypy_cache .ruff_cache .import_linter_cache
