@@ -17,8 +17,11 @@ from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Int64, Rows
 from lum_ray.evaluation import audit
 from lum_ray.evaluation.audit import Check
+from lum_ray.gts.config import GtsInputs
 from lum_ray.gts.fitting import Statistics, fit_inputs, fit_profiles, fit_tree, statistics
+from lum_ray.gts.semantic_ids import Tree
 from lum_ray.gts.stage import GtsStage
+from lum_ray.gts.tables import FittedTable
 from lum_ray.steps.audit_rows import Cases, differing, training_cases, with_future
 from lum_ray.steps.gts_prepare import GtsPrepared, graph_edges, open_tree
 from lum_ray.steps.prepare import cut_plan, fit_until, silent
@@ -26,7 +29,7 @@ from lum_ray.steps.prepare import cut_plan, fit_until, silent
 BATCH = 64
 REFIT_ITEMS = 5_000
 """Of at most so many items all is fitted again without the later events, of more the counts alone."""
-ROUNDED = ("graph_NG", "table_NH", "paths_ND", "collision_N", "tree.")
+ROUNDED = ("graph_NG", "table_NH", "paths_ND", "collision_N", "tree.", "table.")
 """Names of what a long computation in floating point gives, which another machine may end elsewhere."""
 
 
@@ -96,9 +99,13 @@ def fitted_checks(run: Run, prepared: GtsPrepared, stage: GtsStage, timelines: T
 
 
 def prepared_arrays(prepared: GtsPrepared, stage: GtsStage) -> dict[str, Any]:
-    """All that was fitted, the tree among it."""
-    tree = open_tree(prepared.tree).to_arrays()
-    return {**stage.inputs.arrays, **{f"tree.{key}": value for key, value in tree.items()}}
+    """All that was fitted, the tree and the encoder of the items table among it."""
+    return _named(stage.inputs, open_tree(prepared.tree), prepared.table())
+
+
+def _named(inputs: GtsInputs, tree: Tree, table: FittedTable) -> dict[str, Any]:
+    others = {"tree": tree.to_arrays(), "table": table.to_arrays()}
+    return inputs.arrays | {f"{part}.{key}": value for part, arrays in others.items() for key, value in arrays.items()}
 
 
 def _rounded(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
@@ -114,8 +121,7 @@ def _fit(run: Run, prepared: GtsPrepared, stage: GtsStage, found: Statistics, pr
         run.section, catalogue.ids, catalogue.text, catalogue.hash_N, catalogue.numbers, catalogue.categories, text_NE,
         tree, found, edges, profiles, stage.inputs.arrays["holidays"], run.seed,
     )  # fmt: skip
-    others = {"tree": tree.to_arrays(), "table": table.to_arrays()}
-    return inputs.arrays | {f"{part}.{key}": value for part, arrays in others.items() for key, value in arrays.items()}
+    return _named(inputs, tree, table)
 
 
 def holiday_check(stage: GtsStage, cases: Cases, score: Callable[[GtsStage, Cases], npt.NDArray[Any]]) -> Check:

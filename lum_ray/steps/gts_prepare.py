@@ -40,6 +40,7 @@ from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.encoders import attraction, embed_texts
 from lum_ray.gts.fitting import Statistics, fit_inputs, fit_profiles, fit_tree, statistics
 from lum_ray.gts.semantic_ids import Tree, build_tree
+from lum_ray.gts.tables import FittedTable
 from lum_ray.gts.tree_quality import quality
 from lum_ray.steps.prepare import Log, cut_plan, fit_until, raw_items, raw_tables, silent
 from lum_ray.steps.session import start_ray
@@ -75,6 +76,10 @@ class GtsPrepared:
         """The items' text embeddings (N, E), of unit length."""
         text_NE: npt.NDArray[np.float32] = load_arrays(read_bytes(join(self.items.uri, "texts.safetensors")))["text_NE"]
         return text_NE
+
+    def table(self) -> FittedTable:
+        """The encoder of the items table."""
+        return FittedTable.from_arrays(load_arrays(read_bytes(join(self.fitted.uri, "table.safetensors"))))
 
 
 def prepare_sequences(run: Run, log: Log = silent) -> tuple[Artifact, Artifact]:
