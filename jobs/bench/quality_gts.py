@@ -37,10 +37,8 @@ from jobs.bench.gts_peers import Contest, peer_lists, recbole_folder
 from jobs.bench.rows import emit, hardware, note
 from lum_ray import presets
 from lum_ray.artifacts import join, open_artifact
-from lum_ray.config import Data, Events, Items, Profiles, Run, Source, Split, Subset, Train
-from lum_ray.data.adapters.ml_100k import LAST_DAY
+from lum_ray.config import Run
 from lum_ray.evaluation.ranking import evaluate_rankings, read_rankings
-from lum_ray.gts.config import GtsConfig
 from lum_ray.steps.contest import with_seed
 from lum_ray.steps.gts_evaluate import evaluate_gts
 
@@ -54,57 +52,9 @@ BARS = {"complete_journey": "r5_gain", "ml-100k": "explore_r5_gain"}
 READING = "retrieve"
 
 
-def ml_100k() -> Run:
-    """The next film of each person (MovieLens 100K, the last rating left out); times are made up, so none are read."""
-    return Run(
-        name="gts_ml_100k",
-        model="gts",
-        data=Data(
-            source=Source("ml_100k"),
-            events=Events(item="item"),
-            items=Items(text=("title", "genres", "year"), numbers=("year",), categories=("genres",)),
-            profiles=Profiles(numbers=("age",), categories=("gender", "occupation")),
-            engine="local",
-        ),
-        split=Split(
-            validate_from=LAST_DAY - 1,
-            validate=Subset(from_day=LAST_DAY - 1, until_day=LAST_DAY - 1),
-            test=Subset(from_day=LAST_DAY, until_day=LAST_DAY),
-            min_history_days=0,
-        ),
-        section=GtsConfig(
-            text_encoder="minilm",
-            max_tokens=103,  # a film is one token: 100 of them behind the prefix, as many as a peer reads
-            timestamps="none",
-            modalities=("text", "table"),  # one rating an instant: nothing is taken together
-            width=64,
-            layers=2,
-            queries=4,
-            dropout=0.1,
-            llm="smollm2",
-            keep_layers=2,
-            negatives=512,
-            align_steps=120,
-            align_group=16,
-            rerank=10,
-        ),
-        train=Train(
-            steps=600,
-            batch=16,
-            micro_batch=16,
-            learning_rate=1e-3,
-            ema=0.99,
-            validate_every=150,
-            validate_users=500,
-            checkpoint_every=150,
-            keep_best="eval/ndcg_10",
-        ),
-    )
-
-
 def contest_run(dataset: str, root: str, path: str | None, quick: bool) -> Run:
     """The run of a dataset over the artifacts under `root`; `quick`: tiny, to see that it works."""
-    run = presets.gts_demo() if dataset == "complete_journey" else ml_100k()
+    run = presets.gts_demo() if dataset == "complete_journey" else presets.gts_ml_100k()
     data, section, train = run.data, run.section, run.train
     assert data.source is not None
     source = dataclasses.replace(data.source, path=path if path is not None else data.source.path)

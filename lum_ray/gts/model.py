@@ -42,6 +42,8 @@ from lum_ray.nn import MLP, Constants
 Batch = Mapping[str, Tensor]
 TERMS = ("retrieve", "propensity", "generate")
 MAX_GROUPS = 256
+SMALL = 0.1
+"""Size at the start of what is added to a token, whose own numbers are of size 1."""
 
 
 class Gts(nn.Module):
@@ -53,24 +55,23 @@ class Gts(nn.Module):
         self._catalogue: tuple[Tensor, Tensor] | None = None
         llm = llm or load(config)
         self.decoder, self.width = llm.decoder, llm.width
-        # Everything that becomes a token has numbers of size 1 and is scaled to the size of the LLM's words at the end:
-        # at .1, the size of most words, a step of Adam changes a token by a tenth of its length.
-        self.word_size = llm.rms
+        self.word_size = llm.rms  # tokens are made of numbers of size 1, and scaled to the LLM's words as it reads them
         self.behaviours = Behaviours(config, inputs, llm.width)
         words = llm.mean_of_words([descriptor_text(code) for code in range(DESCRIPTORS)])
         self.descriptors = _started(words / llm.rms, frozen=config.timestamps == "text")
-        self.moods = _random_linear(llm.width, llm.width) if config.timestamps == "full" else None
-        small = 0.1
-        self.slots, self.gaps = _table(config.slots, llm.width, small), _table(GAPS, llm.width, small)
-        self.groups = _table(MAX_GROUPS, llm.width, small) if config.timestamps == "position" else None
+        self.moods = nn.Linear(llm.width, llm.width) if config.timestamps == "full" else None
+        if self.moods is not None:
+            nn.init.normal_(self.moods.weight, std=llm.width**-0.5)  # numbers of size 1 in and out
+        self.slots, self.gaps = _table(config.slots, llm.width), _table(GAPS, llm.width)
+        self.groups = _table(MAX_GROUPS, llm.width) if config.timestamps == "position" else None
         named = llm.mean_of_words(["recommend what comes next", "will this come next", "end of the moment", "nothing"])
         self.tasks = _started(named / llm.rms)  # retrieve, propensity, [SEP], no target
-        self.target = nn.Parameter(torch.randn(llm.width) * small)
+        self.target = nn.Parameter(torch.randn(llm.width) * SMALL)
         self.profile = nn.Linear(max(inputs.profile_width, 1), llm.width)
         self.user_out = nn.Linear(2 * llm.width, config.output_width)
         nn.init.zeros_(self.user_out.weight)  # so that the scores start as the prior's, without noise on top
         nn.init.zeros_(self.user_out.bias)
-        # without a bias: it would be most of every item's direction, since b^F is as small as the LLM's words
+        # without a bias: it would be a part of every item's direction
         self.item_out = nn.Linear(llm.width, config.output_width, bias=False)
         self.own_norm = nn.LayerNorm(llm.width)
         center, spread = state_scale(llm.decoder, llm.width, llm.rms)
@@ -281,17 +282,10 @@ class Gts(nn.Module):
         return logits
 
 
-def _table(count: int, width: int, std: float) -> nn.Embedding:
+def _table(count: int, width: int) -> nn.Embedding:
     table = nn.Embedding(count, width)
-    nn.init.normal_(table.weight, std=std)
+    nn.init.normal_(table.weight, std=SMALL)
     return table
-
-
-def _random_linear(width: int, out_width: int) -> nn.Linear:
-    """Inputs with numbers of size 1 give outputs with numbers of size 1."""
-    layer = nn.Linear(width, out_width)
-    nn.init.normal_(layer.weight, std=width**-0.5)
-    return layer
 
 
 def _told_apart(words_ND: Tensor) -> Tensor:

@@ -139,8 +139,7 @@ def _table_rows(table: FittedTable, given: Mapping[str, Mapping[str, Any]]) -> n
         numbers[name] = np.where(np.isfinite(column), column, np.nan)
     for name in table.layout.categories:
         categories[name] = np.array([text_of(row.get(name)) for row in given.values()], np.object_)
-    with torch.inference_mode(False):
-        return table.rows(numbers, categories)
+    return table.rows(numbers, categories)
 
 
 def _size(values_NE: npt.NDArray[Any]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lum_ray.config import Run
-from lum_ray.presets.gts import gts_demo, gts_paper, gts_simulator, gts_tiny
+from lum_ray.presets.gts import gts_demo, gts_ml_100k, gts_paper, gts_simulator, gts_tiny
 from lum_ray.presets.lumos import (
     lumos_complete_journey,
     lumos_demo,
@@ -27,6 +27,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
         lumos_paper,
         lumos_wide,
         gts_demo,
+        gts_ml_100k,
         gts_simulator,
         gts_tiny,
         gts_paper,

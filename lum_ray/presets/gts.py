@@ -157,6 +157,54 @@ def gts_simulator() -> Run:
     )
 
 
+def gts_ml_100k() -> Run:
+    """The next film of each person (MovieLens 100K): the last rating, on the made-up day 1000, is the test."""
+    return Run(
+        name="gts_ml_100k",
+        model="gts",
+        data=Data(
+            source=Source("ml_100k", path="ml-100k"),
+            events=Events(item="item"),
+            items=Items(text=("title", "genres", "year"), numbers=("year",), categories=("genres",)),
+            profiles=Profiles(numbers=("age",), categories=("gender", "occupation")),
+            engine="local",
+        ),
+        split=Split(
+            validate_from=999,
+            validate=Subset(from_day=999, until_day=999),
+            test=Subset(from_day=1000, until_day=1000),
+            min_history_days=0,
+        ),
+        section=GtsConfig(
+            text_encoder="minilm",
+            max_tokens=103,  # a film is one token: 100 of them behind the prefix, as many as a peer reads
+            timestamps="none",
+            modalities=("text", "table"),  # one rating an instant: nothing is taken together
+            width=64,
+            layers=2,
+            queries=4,
+            dropout=0.1,
+            llm="smollm2",
+            keep_layers=2,
+            negatives=512,
+            align_steps=120,
+            align_group=16,
+            rerank=10,
+        ),
+        train=Train(
+            steps=600,
+            batch=16,
+            micro_batch=16,
+            learning_rate=1e-3,
+            ema=0.99,
+            validate_every=150,
+            validate_users=500,
+            checkpoint_every=150,
+            keep_best="eval/ndcg_10",
+        ),
+    )
+
+
 def gts_paper() -> Run:
     """The paper's setting on tables of your own: BGE-M3 texts, TinyLlama frozen, 240 tokens, 512 negatives."""
     own = own_data()
