@@ -86,7 +86,9 @@ def predict_gts(
     depth = run.section.retrieve if k is None else k
     wrong = [reading for reading in readings if reading not in READINGS]
     if wrong or not readings or depth < 1:
-        raise UserError(f"readings: expected of {', '.join(READINGS)} and k from 1, got {list(readings)} and {depth}")
+        raise UserError(
+            f"readings: expected of {', '.join(READINGS)} and k from 1, got {list(readings)} and {depth}; mend --reading or -k"
+        )
     assignment = dict(cohorts or {})
     check_cohorts(assignment)
     checkpoint = (checkpoint or train_gts(run, log)).rstrip("/")
