@@ -87,7 +87,8 @@ def predict_gts(
     wrong = [reading for reading in readings if reading not in READINGS]
     if wrong or not readings or depth < 1:
         raise UserError(
-            f"readings: expected of {', '.join(READINGS)} and k from 1, got {list(readings)} and {depth}; mend --reading or -k"
+            f"readings: expected of {', '.join(READINGS)} and k from 1, got {list(readings)} and {depth}; "
+            "mend --reading or -k"
         )
     assignment = dict(cohorts or {})
     check_cohorts(assignment)
