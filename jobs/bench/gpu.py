@@ -95,7 +95,8 @@ def deepspeed_step(
     model: Lumos, arrays: Sequence[Arrays], fast: bool, compiled: bool, device: torch.device
 ) -> Callable[[int], object]:
     """The step of our own engine, its copy of each batch to the device included."""
-    from lum_ray.training.engine import Engine, EngineSettings
+    from lum_ray.training.engine import Engine
+    from lum_ray.training.settings import EngineSettings
 
     loss = torch.compile(model.loss, dynamic=False) if compiled else model.loss
     settings = EngineSettings(steps=10_000, learning_rate=1e-4, precision="bf16" if fast else "fp32")

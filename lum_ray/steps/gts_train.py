@@ -27,7 +27,7 @@ from lum_ray.steps.gts_prepare import GtsPrepared, prepare_gts
 from lum_ray.steps.prepare import Log, cut_plan, fit_until, select_until, silent
 from lum_ray.steps.session import start_ray
 from lum_ray.steps.train import commit_checkpoint, shaping
-from lum_ray.training.engine import gather_columns
+from lum_ray.training.collectives import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 

@@ -22,7 +22,7 @@ from lum_ray.lumos.stage import LumosStage
 from lum_ray.stage import to_device
 from lum_ray.steps.prepare import Log, Prepared, cut_plan, fit_until, prepare, select_until, silent
 from lum_ray.steps.session import start_ray
-from lum_ray.training.engine import gather_columns
+from lum_ray.training.collectives import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
 

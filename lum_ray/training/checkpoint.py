@@ -3,12 +3,13 @@
     <uri>/last/manifest.json                     the complete steps, newest first: folder, files, sizes, sha256
     <uri>/last/<step>-<attempt>/model.safetensors  trainable weights and buffers, fp32, complete
                                 loop.json          step, loader position, best value, patience, open averages
-                                engine/            DeepSpeed's own files and the weight average; only in `last`
+                                engine/state.safetensors  what only resuming needs (Engine.state); only in `last`
     <uri>/best/...                                 the same without engine/
 
-A thread hashes and stores, one checkpoint at a time. The manifest is replaced last, after every rank's files are there,
-and older folders are removed after that; so a reader always finds a complete step. `last` keeps two of them: should the
-newest not match its digests, the one before is taken. Nothing here reads a pickle; DeepSpeed does when it resumes.
+Rank 0 writes all of it: what it holds is whole, so any number of workers and any ZeRO stage can go on from it. A thread
+hashes and stores, one checkpoint at a time. The manifest is replaced last, and older folders are removed after that; so
+a reader always finds a complete step. `last` keeps two of them: should the newest not match its digests, the one before
+is taken. There is no pickle anywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from lum_ray.artifacts import MANIFEST, UserError, join, read_json, storage, write_json
 from lum_ray.weights import KEEP, LOOP, MODEL, Step, steps
 
-ENGINE = "engine"
-RANKS_TIMEOUT_S = 600.0
+STATE = "engine/state.safetensors"
+WRITING = ".writing"
 CHUNK = 1 << 22
 
 
@@ -102,31 +102,28 @@ def describe(path: str) -> dict[str, Any]:
 
 
 class Writer:
-    """Stores the checkpoints of a run in the background. `attempt` (the same on all ranks) makes folder names new."""
+    """Stores the checkpoints of a run in the background, on rank 0. `attempt` makes folder names new."""
 
-    def __init__(self, uri: str, rank: int, world: int, attempt: str) -> None:
-        self.uri, self.rank, self.world, self.attempt = uri, rank, world, attempt
+    def __init__(self, uri: str, attempt: str) -> None:
+        self.uri, self.attempt = uri, attempt
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def scratch(self) -> str:
-        """A new local folder for this rank's files of one step; `save` takes it over."""
-        place = storage(self.uri)
-        parent = os.path.join(place.path, ".writing") if place.is_local else None
-        if parent:
-            os.makedirs(parent, exist_ok=True)
-        return tempfile.mkdtemp(prefix=f"{self.attempt}-{self.rank}-", dir=parent)
-
     def save(
-        self, step: int, weights: Mapping[str, torch.Tensor], loop: Mapping[str, Any], last: str | None, best: bool
+        self,
+        step: int,
+        weights: Mapping[str, torch.Tensor],
+        loop: Mapping[str, Any],
+        state: Mapping[str, torch.Tensor] | None,
+        best: bool,
     ) -> None:
-        """Store step `step`: into `last` (with the engine's files in the scratch folder `last`), `best`, or both.
+        """Store step `step`: into `last` (with the engine's `state`), `best`, or both.
 
-        Returns at once; waits first for the checkpoint before. `weights` and `loop` are rank 0's, and must not change
-        afterwards. Raises what the checkpoint before failed with.
+        Returns at once; waits first for the checkpoint before. The tensors and `loop` must not change afterwards.
+        Raises what the checkpoint before failed with.
         """
         self.join()
-        arguments = (step, weights, dict(loop), last, best)
+        arguments = (step, weights, dict(loop), state, best)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint-writer")
         self._thread.start()
 
@@ -143,35 +140,37 @@ class Writer:
         """`join`, then remove scratch folders that a killed attempt left."""
         self.join()
         place = storage(self.uri)
-        if self.rank == 0 and place.is_local:
-            shutil.rmtree(os.path.join(place.path, ".writing"), ignore_errors=True)
+        if place.is_local:
+            shutil.rmtree(os.path.join(place.path, WRITING), ignore_errors=True)
 
     def _run(
-        self, step: int, weights: Mapping[str, torch.Tensor], loop: Mapping[str, Any], last: str | None, best: bool
+        self,
+        step: int,
+        weights: Mapping[str, torch.Tensor],
+        loop: Mapping[str, Any],
+        state: Mapping[str, torch.Tensor] | None,
+        best: bool,
     ) -> None:
         try:
-            if last is not None:
-                self._store("last", step, weights, loop, last)
-            if best and self.rank == 0:
-                self._store("best", step, weights, loop, self.scratch())
+            if state is not None:
+                self._store("last", step, {MODEL: weights, STATE: state}, loop)
+            if best:
+                self._store("best", step, {MODEL: weights}, loop)
         except BaseException as error:  # handed to the training thread, which raises it in `join`
             self._error = error
 
-    def _store(self, which: str, step: int, weights: Mapping[str, Any], loop: Mapping[str, Any], folder: str) -> None:
-        if self.rank == 0:
-            save_file(dict(weights), os.path.join(folder, MODEL))
-            with open(os.path.join(folder, LOOP), "w", encoding="utf-8") as stream:
-                json.dump(loop, stream)
+    def _store(
+        self, which: str, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], loop: Mapping[str, Any]
+    ) -> None:
+        folder = self._scratch()
+        for name, values in tensors.items():
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            save_file(dict(values), os.path.join(folder, name))
+        with open(os.path.join(folder, LOOP), "w", encoding="utf-8") as stream:
+            json.dump(loop, stream)
         name = f"{step:08d}-{self.attempt}"
-        target = join(self.uri, which, name)
-        files = _move(folder, target)
+        files = _move(folder, join(self.uri, which, name))
         shutil.rmtree(folder)
-        if self.rank:
-            write_json(join(target, ENGINE, f"rank-{self.rank}.json"), files)
-            return
-        if which == "last":
-            for rank in range(1, self.world):
-                files |= self._wait_for(join(target, ENGINE, f"rank-{rank}.json"))
         entry = {"step": step, "folder": name, "files": files}
         manifest = join(self.uri, which, MANIFEST)
         try:
@@ -182,21 +181,16 @@ class Writer:
         write_json(manifest, {"kind": "checkpoint", "steps": kept})
         place = storage(join(self.uri, which))
         for info in place.filesystem.get_file_info(fs.FileSelector(place.path)):
-            # Folders of later steps are left alone: another rank may already be writing the next checkpoint.
-            passed = info.type == fs.FileType.Directory and int(info.base_name.partition("-")[0]) <= step
-            if passed and info.base_name not in [old["folder"] for old in kept]:
+            if info.type == fs.FileType.Directory and info.base_name not in [old["folder"] for old in kept]:
                 place.filesystem.delete_dir(info.path)
 
-    def _wait_for(self, uri: str) -> dict[str, Any]:
-        deadline = time.monotonic() + RANKS_TIMEOUT_S
-        while True:
-            try:
-                files: dict[str, Any] = read_json(uri)
-                return files
-            except FileNotFoundError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{uri}: not there after {RANKS_TIMEOUT_S:.0f} s; that rank's disk?") from None
-                time.sleep(0.05)
+    def _scratch(self) -> str:
+        """A new local folder, on the disk of the checkpoint where that is local."""
+        place = storage(self.uri)
+        parent = os.path.join(place.path, WRITING) if place.is_local else None
+        if parent:
+            os.makedirs(parent, exist_ok=True)
+        return tempfile.mkdtemp(prefix=f"{self.attempt}-", dir=parent)
 
 
 def _move(folder: str, uri: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ Choices that are not obvious:
   So the gradient is that of the global objective, whatever the world size and the number of micro-batches.
 - Stage 0 clips here, on the device (torch's fused kernels); stages 1 to 3 clip inside DeepSpeed, over partitions.
 - ZeRO 3 evaluates on gathered weights with its hooks taken off: ranks may then predict unequal shares of the users.
+- What resuming needs is gathered to whole tensors by name, not kept as DeepSpeed's own files: those are pickles, one a
+  rank, and can be taken up by the same world size and stage only.
 
 Shapes: K objective terms.
 """
@@ -20,34 +22,31 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from lum_ray.artifacts import UserError
 from lum_ray.stage import Batch, to_device
+from lum_ray.training.settings import EngineSettings, learning_rate, uses_bf16
 
-T = TypeVar("T")
+Tensors = Mapping[str, torch.Tensor]
 LossSums = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 NEVER = 10**9
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of torch's AdamW, by their names there."""
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """How to optimise. `steps` is the length of the schedule; `ema` is a decay (0: off); `clip_norm` 0: no clipping."""
+class Saved:
+    """What a run goes on from: the updates done, `Engine.weights` and `Engine.state` of that moment."""
 
     steps: int
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_share: float = 0.1
-    clip_norm: float = 1.0
-    ema: float = 0.0
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    weights: Tensors
+    state: Tensors
 
 
 @dataclass(frozen=True)
@@ -64,24 +63,6 @@ class Outcome:
     objective: torch.Tensor
     gradient_norm: torch.Tensor
     votes: torch.Tensor
-
-
-def learning_rate(settings: EngineSettings, step: int) -> float:
-    """The rate of step `step` (0-based): linear warm-up, then a cosine that would be 0 at step `settings.steps`."""
-    warmup = max(1, round(settings.warmup_share * settings.steps))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, settings.steps - warmup)
-    return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: asked for, or `auto` on a GPU that has it or a CPU with AMX (else it is emulated)."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
 class _Objective(torch.nn.Module):
@@ -116,8 +97,10 @@ class Engine:
         self.bf16 = uses_bf16(settings.precision, device)
         self._engine = deepspeed_engine
         self._owns_group = owns_group
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._parameters = list(self._named.values())
         self._ema = [tensor.detach().clone() for tensor in self._local()] if settings.ema else None
+        self._moments: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
 
     @classmethod
     def start(
@@ -129,12 +112,18 @@ class Engine:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        saved: Saved | None = None,
     ) -> Engine:
         """Wrap `module` (trainable parameters fp32); joins the process group, or makes one of one process.
 
         `loss(batch) -> (sums_K, counts_K)` computes with `module`; `weight_decay` of a group multiplies the run's.
-        Raises UserError where torch.distributed knows another rank or world size than the arguments say.
+        `saved` goes on from there, whatever the stage, the world size and the precision that it was saved at.
+        Raises UserError where torch.distributed knows another rank or world size than the arguments say, or `saved` is
+        of another model.
         """
+        if saved is not None:
+            # before DeepSpeed makes its own copies of them
+            _take_up(module, saved, bool(settings.ema))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         deepspeed = _import_deepspeed(device)
@@ -150,7 +139,11 @@ class Engine:
         engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=_config(settings), dist_init_required=False
         )
-        return cls(engine, module, settings, device, rank, world, owns_group)
+        wrapped = cls(engine, module, settings, device, rank, world, owns_group)
+        wrapped._make_moments(saved.steps if saved is not None else 0)
+        if saved is not None:
+            wrapped._restore(saved)
+        return wrapped
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (0-based)."""
@@ -257,31 +250,93 @@ class Engine:
                 if name not in frozen
             }
 
-    def save(self, folder: str) -> None:
-        """Write what only resuming needs below `folder` (local): DeepSpeed's files and the averaged weights."""
-        self._engine.save_checkpoint(folder, tag="engine", save_latest=False, exclude_frozen_parameters=True)
-        if self._ema is not None and (self.rank == 0 or self.settings.zero_stage == 3):
-            tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(self._ema)}
-            save_file(tensors, os.path.join(folder, "engine", f"ema-{self.rank}.safetensors"))
+    def state(self) -> dict[str, torch.Tensor]:
+        """What resuming needs beside `weights`, as whole tensors (fp32, on the CPU): `exp_avg/<name>`,
+        `exp_avg_sq/<name>`, and `parameter/<name>` where `weights` are averages.
 
-    def load(self, folder: str) -> None:
-        """Take up what `save` wrote (same stage; same world size unless the stage is 0)."""
-        loaded, _ = self._engine.load_checkpoint(
-            folder, tag="engine", load_module_strict=False, load_lr_scheduler_states=False
-        )
-        if loaded is None:
-            raise UserError(f"{folder}/engine: expected DeepSpeed's checkpoint of stage {self.settings.zero_stage}")
-        if self._ema is not None:
-            owner = self.rank if self.settings.zero_stage == 3 else 0
-            stored = load_file(os.path.join(folder, "engine", f"ema-{owner}.safetensors"))
-            for index, tensor in enumerate(self._ema):
-                tensor.copy_(stored[str(index)])
+        Every rank must call it; ranks other than 0 get an empty dictionary.
+        """
+        keys: tuple[str, ...] = (*MOMENTS, *(("parameter",) if self._ema is not None else ()))
+        tensors = {}
+        for name, parameter in self._named.items():
+            for key in keys:
+                whole = self._whole(parameter, key)
+                if self.rank == 0:
+                    tensors[f"{key}/{name}"] = whole.detach().to("cpu", copy=True).contiguous()
+        return tensors
+
+    def _whole(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        """A parameter or one of its moments, gathered from the ranks that hold parts of it."""
+        if self.settings.zero_stage == 0:
+            return parameter if key == "parameter" else torch.as_tensor(self._moments[parameter][key])
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key == "parameter":
+            return torch.as_tensor(safe_get_full_fp32_param(parameter))
+        return torch.as_tensor(safe_get_full_optimizer_state(parameter, key))
+
+    def _make_moments(self, steps: int) -> None:
+        """Zero moments after `steps` updates, as torch makes them at its first step.
+
+        Of stages 1 and 2 DeepSpeed then finds them; left to itself it looks for all groups' after the first one's step.
+        """
+        stage, optimizer = self.settings.zero_stage, self._engine.optimizer
+        if stage == 0:
+            self._moments, owners = optimizer.state, self._parameters
+        else:
+            self._moments = optimizer.optimizer.state
+            owners = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+        for owner in owners:
+            done = torch.full((), float(steps), device=owner.device)
+            self._moments[owner] = {"step": done, **{key: torch.zeros_like(owner).detach() for key in MOMENTS}}
+        if stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _restore(self, saved: Saved) -> None:
+        """Set the moments and the averages; the parameters were in the module when DeepSpeed took it."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        for name, parameter in self._named.items():
+            for key in MOMENTS:
+                value = saved.state[f"{key}/{name}"].to(self.device)
+                if self.settings.zero_stage == 0:
+                    self._moments[parameter][key].copy_(value)
+                elif self.settings.zero_stage < 3:
+                    safe_set_full_optimizer_state(parameter, value, key)
+                else:
+                    safe_set_local_optimizer_state(parameter, self._part(parameter, value), key)
+        for name, average in zip(self._named, self._ema or (), strict=False):
+            average.copy_(self._part(self._named[name], saved.weights[name].to(self.device)))
+
+    def _part(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+        """What this rank holds of `whole`, a value of the parameter: see `_local`."""
+        if self.settings.zero_stage < 3:
+            return whole
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world - whole.numel()))
+        return padded[size * self.rank : size * (self.rank + 1)]
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and, where `start` made it, the process group."""
         self._engine.destroy()
         if self._owns_group:
             _leave()
+
+
+def _take_up(module: torch.nn.Module, saved: Saved, averaged: bool) -> None:
+    """Set the module's parameters and buffers to those of `saved`. Raises UserError for those of another model."""
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    keys = [f"{key}/{name}" for name in named for key in (*MOMENTS, *(("parameter",) if averaged else ()))]
+    wrong = sorted(set(keys) ^ set(saved.state)) or sorted(set(named) - set(saved.weights))
+    if wrong:
+        raise UserError(
+            f"a checkpoint of other parameters, or of another train.ema: {', '.join(wrong[:5])}; use the settings that "
+            "it was trained with, or train anew with --fresh"
+        )
+    tensors = dict(saved.weights)
+    if averaged:
+        tensors |= {name: saved.state[f"parameter/{name}"] for name in named}
+    module.load_state_dict(tensors, strict=False)
 
 
 def _config(settings: EngineSettings) -> dict[str, Any]:
@@ -354,22 +409,3 @@ def _leave() -> None:
 
     deepspeed.comm.destroy_process_group()
     deepspeed.comm.comm.cdb = None
-
-
-def gather_columns(columns: T) -> list[T] | None:
-    """What every rank brought, in rank order, on rank 0; None on the others. Every rank must call it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [columns]
-    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(columns, gathered, dst=0)
-    return gathered
-
-
-def broadcast(value: T) -> T:
-    """Rank 0's `value` on every rank. Every rank must call it; what the others bring is ignored."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    holder: list[Any] = [value]
-    dist.broadcast_object_list(holder, src=0)
-    result: T = holder[0]
-    return result

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import secrets
 import signal
 import threading
@@ -26,13 +27,17 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Train
 from lum_ray.stage import Stage
-from lum_ray.training.checkpoint import Resumed, Writer, resume
-from lum_ray.training.engine import Engine, EngineSettings, Outcome, broadcast, gather_columns, uses_bf16
+from lum_ray.training.checkpoint import STATE, Resumed, Writer, resume
+from lum_ray.training.collectives import broadcast, gather_columns
+from lum_ray.training.engine import Engine, Outcome, Saved
+from lum_ray.training.settings import EngineSettings, uses_bf16
 from lum_ray.training.telemetry import ProgressLine, Telemetry, Window
+from lum_ray.weights import MODEL
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Metrics = dict[str, float]
@@ -111,15 +116,30 @@ def train_loop(
     checkpoint cannot be resumed.
     """
     worker = worker or Worker()
+    resumed = resume(place)
+    found = resumed.step if resumed else 0
+    if (agreed := broadcast(found)) != found:
+        raise RuntimeError(f"{place}: rank 0 resumes at step {agreed}, rank {worker.rank} at {found}")
     torch.manual_seed(settings.seed)
     optimise = _engine_settings(settings)
     engine = Engine.start(
-        stage.module, stage.trainable(), stage.loss, optimise, worker.device, worker.rank, worker.world
-    )
+        stage.module, stage.trainable(), stage.loss, optimise, worker.device, worker.rank, worker.world,
+        _saved(place, resumed),
+    )  # fmt: skip
     try:
-        return _Run(stage, loader, validation, settings, place, worker, engine, log_every).run()
+        return _Run(stage, loader, validation, settings, place, worker, engine, log_every).run(resumed)
     finally:
         engine.close()
+
+
+def _saved(place: str, resumed: Resumed | None) -> Saved | None:
+    """What the engine goes on from; None where there is nothing to go on with."""
+    if resumed is None or resumed.loop["progress"]["finished"]:
+        return None
+    path = os.path.join(resumed.folder, STATE)
+    if not os.path.exists(path):
+        raise UserError(f"{place}: a checkpoint of an earlier version of lum_ray; train anew with --fresh")
+    return Saved(resumed.step, load_file(os.path.join(resumed.folder, MODEL)), load_file(path))
 
 
 def _engine_settings(settings: Train) -> EngineSettings:
@@ -151,17 +171,16 @@ class _Run:
         self.place, self.worker, self.engine, self.log_every = place, worker, engine, log_every
         self.progress = _Progress()
         self.window = Window(stage.terms, worker.device)
-        self.writer = Writer(place, worker.rank, worker.world, broadcast(secrets.token_hex(3)))
+        self.writer = Writer(place, secrets.token_hex(3))
         self.unchecked: list[tuple[int, Outcome, list[str]]] = []
         self.norm = math.nan
 
-    def run(self) -> dict[str, Any]:
-        resumed = resume(self.place)
-        found = resumed.step if resumed else 0
-        if (agreed := broadcast(found)) != found:
-            raise RuntimeError(f"{self.place}: rank 0 resumes at step {agreed}, rank {self.worker.rank} at {found}")
+    def run(self, resumed: Resumed | None) -> dict[str, Any]:
         if resumed is not None:
-            self._take_up(resumed)
+            self.progress = _Progress(**resumed.loop["progress"])
+            if not self.progress.finished:
+                self.window.restore(resumed.loop["window"], self.worker.rank)
+            resumed.release()
         start = self.progress.step
         if not self.progress.finished:
             with contextlib.ExitStack() as stack:
@@ -174,7 +193,8 @@ class _Run:
                     line.note(note)
                 if start:
                     line.note(f"resumed at step {start} of {self.settings.steps}")
-                stack.callback(self.writer.close)
+                if self.worker.rank == 0:
+                    stack.callback(self.writer.close)
                 self._steps(telemetry, line, received)
         return {
             "uri": self.place,
@@ -185,20 +205,6 @@ class _Run:
             "stopped_early": self.progress.stopped_early,
             "resumed_from": start,
         }
-
-    def _take_up(self, resumed: Resumed) -> None:
-        loop = resumed.loop
-        stage, world = self.settings.zero_stage, self.worker.world
-        if loop["zero_stage"] != stage or (stage and loop["world"] != world):
-            raise UserError(
-                f"{self.place}: its checkpoint is of ZeRO stage {loop['zero_stage']} and {loop['world']} workers, the "
-                f"run asks for stage {stage} and {world}; use the same again, or train anew with --fresh"
-            )
-        if not loop["progress"]["finished"]:
-            self.engine.load(resumed.folder)
-            self.window.restore(loop["window"], self.worker.rank)
-        self.progress = _Progress(**loop["progress"])
-        resumed.release()
 
     def _steps(self, telemetry: Telemetry | None, line: ProgressLine, received: list[int]) -> None:
         settings, progress = self.settings, self.progress
@@ -319,11 +325,9 @@ class _Run:
             "progress": vars(self.progress).copy(),
             "window": self.window.fold(self.engine),
         }
-        folder = None
-        if last:
-            folder = self.writer.scratch()
-            self.engine.save(folder)
-        self.writer.save(self.progress.step, weights, loop, folder, best)
+        state = self.engine.state() if last else None
+        if self.worker.rank == 0:
+            self.writer.save(self.progress.step, weights, loop, state, best)
 
 
 def _stream(seed: int, step: int, rank: int) -> int:

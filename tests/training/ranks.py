@@ -6,6 +6,7 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch.multiprocessing as mp
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Train
-from lum_ray.training.engine import Engine, EngineSettings, broadcast, gather_columns
+from lum_ray.training.collectives import broadcast, gather_columns
+from lum_ray.training.engine import Engine
 from lum_ray.training.loop import Worker, train_loop
+from lum_ray.training.settings import EngineSettings
 from lum_ray.training.telemetry import read_metrics
 from lum_ray.weights import load
 from tests.training.toy import ToyLoader, ToyStage, split, windows
@@ -62,14 +65,36 @@ def resume(rank: int, folder: str, zero_stage: int) -> dict[str, Any]:
     return {"runs": lines}
 
 
+@dataclass
 class Interrupted(ToyLoader):
-    """Fails before the tenth step, on all ranks."""
+    """Fails before the given step, on all ranks."""
+
+    fails_at: int = 9
 
     def seek(self, step: int) -> Any:
         for item in super().seek(step):
-            if item.index == 9:
+            if item.index == self.fails_at:
                 raise ConnectionError("the object store went away")
             yield item
+
+
+ELASTIC_STEPS = 30
+
+
+def until(world: int, rank: int, place: str, zero_stage: int, step: int) -> None:
+    """The run of 30 steps at `place`, in `world` ranks, up to the given step; it is broken off there."""
+    settings = Train(steps=ELASTIC_STEPS, checkpoint_every=5, ema=0.9, precision="fp32", zero_stage=zero_stage)  # type: ignore[arg-type]
+    loader = Interrupted(rank=rank, world=world, fails_at=step)
+    try:
+        train_loop(ToyStage(), loader, None, settings, place, Worker(rank, world), log_every=1)
+    except ConnectionError:
+        assert step < ELASTIC_STEPS
+
+
+def leg(rank: int, folder: str, place: str, zero_stage: int, step: int) -> dict[str, Any]:
+    until(WORLD, rank, place, zero_stage, step)
+    dist.barrier()
+    return {}
 
 
 def collectives(rank: int, folder: str) -> dict[str, Any]:
@@ -97,7 +122,8 @@ def validate(rank: int, folder: str) -> dict[str, Any]:
     return {"reports": reports, "result": result}
 
 
-SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
+Scenarios = dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]]
+SCENARIOS: Scenarios = {
     **{f"stage-{stage}": (steps, (stage,)) for stage in (0, 2, 3)},
     **{f"ema-{stage}": (steps, (stage, "fp32", 0.9)) for stage in (0, 3)},
     "bf16-0": (steps, (0, "bf16")),
@@ -109,7 +135,7 @@ SCENARIOS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
 }
 
 
-def _main(rank: int, folder: str) -> None:
+def _main(rank: int, folder: str, scenarios: Scenarios) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
@@ -117,7 +143,7 @@ def _main(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     results: dict[str, Any] = {}
     try:
-        for name, (function, arguments) in SCENARIOS.items():
+        for name, (function, arguments) in scenarios.items():
             results[name] = function(rank, folder, *arguments)
     except BaseException:
         traceback.print_exc()
@@ -128,7 +154,8 @@ def _main(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def run(folder: Path) -> list[dict[str, Any]]:
+def run(folder: Path, scenarios: Scenarios | None = None) -> list[dict[str, Any]]:
     """Results by scenario, one dictionary a rank."""
-    mp.spawn(_main, args=(str(folder),), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    Path(folder, "store").unlink(missing_ok=True)
+    mp.spawn(_main, args=(str(folder), scenarios or SCENARIOS), nprocs=WORLD)  # type: ignore[no-untyped-call]
     return [pickle.loads((folder / f"rank-{rank}.pickle").read_bytes()) for rank in range(WORLD)]

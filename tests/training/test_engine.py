@@ -10,7 +10,11 @@ import torch
 
 from lum_ray.artifacts import UserError
 from lum_ray.stage import to_device
-from lum_ray.training.engine import Engine, EngineSettings, broadcast, gather_columns, learning_rate, uses_bf16
+from lum_ray.training.collectives import broadcast, gather_columns
+from lum_ray.training.engine import Engine, Saved
+from lum_ray.training.settings import EngineSettings, learning_rate, uses_bf16
+from lum_ray.training.telemetry import read_metrics
+from lum_ray.weights import load
 from tests.training import ranks
 from tests.training.toy import ToyStage, split, windows, with_counts
 
@@ -133,23 +137,35 @@ def test_frozen_parameters_stay() -> None:
     engine.close()
 
 
-def test_save_and_load_continue_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_saved_and_restored_it_continues_exactly(zero_stage: Any) -> None:
     results = []
     for interrupted in (False, True):
-        settings = EngineSettings(8, 1e-2, 0.1, ema=0.9, zero_stage=2, precision="fp32")
+        settings = EngineSettings(8, 1e-2, 0.1, ema=0.9, zero_stage=zero_stage, precision="fp32")
         stage = ToyStage()
         engine = Engine.start(stage.module, stage.trainable(), stage.loss, settings, CPU)
         for step in range(8):
             if interrupted and step == 5:
-                engine.save(str(tmp_path))
+                saved = Saved(5, engine.weights(), engine.state())
                 engine.close()
-                stage = ToyStage()
-                engine = Engine.start(stage.module, stage.trainable(), stage.loss, settings, CPU)
-                engine.load(str(tmp_path))
+                stage = ToyStage(seed=1)
+                engine = Engine.start(stage.module, stage.trainable(), stage.loss, settings, CPU, saved=saved)
             engine.step(step, split(windows(step, 16), [0, 16]))
-        results.append(engine.weights())
+        results.append({**engine.weights(), **engine.state()})
         engine.close()
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_the_state_of_another_model_is_refused() -> None:
+    stage = ToyStage()
+    engine = Engine.start(stage.module, stage.trainable(), stage.loss, SETTINGS, CPU)
+    engine.step(0, split(windows(0, 16), [0, 16]))
+    state = engine.state()
+    del state["exp_avg/second.bias"]
+    saved = Saved(1, engine.weights(), state)
+    engine.close()
+    with pytest.raises(UserError, match=r"other parameters, or of another train.ema: exp_avg/second.bias"):
+        Engine.start(stage.module, stage.trainable(), stage.loss, SETTINGS, CPU, saved=saved)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
@@ -182,6 +198,26 @@ def test_two_ranks_resume_exactly(two_ranks: list[dict[str, Any]], zero_stage: i
     assert [line["train/loss"] for line in whole] == [line["train/loss"] for line in parts]
     assert len(whole) == 4
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_two_workers_then_one_then_two_follow_the_uninterrupted_run(tmp_path: Path) -> None:
+    """Another ZeRO stage after each change too."""
+    changes = {"0-1-2": (0, 1, 2), "2-0-3": (2, 0, 3), "3-2-0": (3, 2, 0), "1-3-1": (1, 3, 1)}
+    ranks.until(1, 0, str(tmp_path / "whole"), 0, ranks.ELASTIC_STEPS)
+    expected = [line["train/loss"] for line in read_metrics(str(tmp_path / "whole"))]
+    assert len(expected) == ranks.ELASTIC_STEPS
+    for part, until in enumerate((10, 20, ranks.ELASTIC_STEPS)):
+        legs = {name: (str(tmp_path / name), stages[part], until) for name, stages in changes.items()}
+        if part == 1:
+            for leg in legs.values():
+                ranks.until(1, 0, *leg)
+        else:
+            ranks.run(tmp_path, {name: (ranks.leg, leg) for name, leg in legs.items()})
+    for name in changes:
+        found = [line["train/loss"] for line in read_metrics(str(tmp_path / name))]
+        assert found == pytest.approx(expected, rel=1e-5), name
+        whole, parts = load(str(tmp_path / "whole" / "last")).tensors, load(str(tmp_path / name / "last")).tensors
+        assert all(torch.allclose(whole[key], parts[key], rtol=1e-5, atol=1e-6) for key in whole), name
 
 
 def test_a_nan_on_one_rank_stops_all(two_ranks: list[dict[str, Any]]) -> None:

@@ -185,10 +185,16 @@ def test_an_unknown_best_metric_is_named(tmp_path: Path) -> None:
         train_loop(ToyStage(), ToyLoader(), Scores(0.5, name="eval/auc"), SETTINGS, str(tmp_path))
 
 
-def test_another_zero_stage_cannot_resume(tmp_path: Path) -> None:
-    train_loop(ToyStage(), ToyLoader(), None, SETTINGS, str(tmp_path))
-    with pytest.raises(UserError, match="is of ZeRO stage 0 and 1 workers, the run asks for stage 2 and 1"):
-        train_loop(ToyStage(), ToyLoader(), None, replace(SETTINGS, zero_stage=2), str(tmp_path))
+def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train_loop(ToyStage(), SignalledLoader(), None, SETTINGS, str(tmp_path))
+    manifest = tmp_path / "last" / "manifest.json"
+    found = json.loads(manifest.read_text())
+    del found["steps"][0]["files"]["engine/state.safetensors"]
+    manifest.write_text(json.dumps(found))
+    (tmp_path / "last" / found["steps"][0]["folder"] / "engine" / "state.safetensors").unlink()
+    with pytest.raises(UserError, match="a checkpoint of an earlier version"):
+        train_loop(ToyStage(), ToyLoader(), None, SETTINGS, str(tmp_path))
 
 
 def test_progress_is_on_stderr_and_engine_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

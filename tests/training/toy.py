@@ -42,8 +42,8 @@ class ToyStage:
 
     terms = ("square", "logistic", "rare")
 
-    def __init__(self, dropout: float = 0.0, nan_at: int | None = None) -> None:
-        self.module: torch.nn.Module = ToyModule(dropout)
+    def __init__(self, dropout: float = 0.0, nan_at: int | None = None, seed: int = 0) -> None:
+        self.module: torch.nn.Module = ToyModule(dropout, seed)
         self.nan_at = nan_at
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
