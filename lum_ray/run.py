@@ -273,13 +273,16 @@ def _comparable(name: str, day: Day | None) -> float:
 
 @dataclass(frozen=True)
 class Train:
-    """How to train. `batch` is the number of windows in a global step, whatever the number of workers."""
+    """How to train. `batch` is the number of windows in a global step, whatever the number of workers.
+
+    With `min_workers` a run goes on with fewer workers after a loss, at least these, and with more as machines come."""
 
     __pydantic_config__: ClassVar = STRICT
     steps: int = 1000
     batch: int = 64
     micro_batch: int = 64
     workers: int = 1
+    min_workers: int | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_share: float = 0.1
@@ -299,6 +302,8 @@ class Train:
         for name in ("steps", "batch", "micro_batch", "workers", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(f"min_workers: expected 1 to {self.workers} (train.workers), got {self.min_workers}")
         if self.workers > 64:
             raise ValueError(f"workers: the loader has 64 lanes, so at most 64, got {self.workers}")
         if not 0.0 <= self.ema < 1.0:

@@ -79,14 +79,14 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
         _record(run, prepared, aligned, None, llm)
         outcome = fit(
             lambda worker: _align_loop(plain, uris, aligned, worker), run.train.workers, gpus, None,
-            f"{run.name}-align", run.train.max_failures,
+            f"{run.name}-align", run.train.max_failures, run.train.min_workers,
         )  # fmt: skip
         commit_checkpoint(aligned, outcome)
     log(f"Phase II: {run.train.steps} steps of {run.train.batch} histories, {run.train.workers} worker(s)")
     _record(run, prepared, uri, aligned, llm)
     outcome = fit(
         lambda worker: _loop(plain, uris, uri, aligned, worker), run.train.workers, gpus, None, run.name,
-        run.train.max_failures,
+        run.train.max_failures, run.train.min_workers,
     )  # fmt: skip
     commit_checkpoint(uri, outcome)
     return uri

@@ -44,7 +44,7 @@ def tasks_of(run: Run) -> dict[str, Task]:
 
 def shaping(run: Run) -> dict[str, Any]:
     """What of `train` shapes the weights; how they are computed does not."""
-    how = ("workers", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
+    how = ("workers", "min_workers", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
     return {name: value for name, value in asdict(run.train).items() if name not in how}
 
 
@@ -84,7 +84,7 @@ def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
         return _loop(plain, uris, uri, worker)
 
     log(f"training {run.train.steps} steps of {run.train.batch} windows, {run.train.workers} worker(s)")
-    outcome = fit(make_loop, run.train.workers, gpus, None, run.name, run.train.max_failures)
+    outcome = fit(make_loop, run.train.workers, gpus, None, run.name, run.train.max_failures, run.train.min_workers)
     commit_checkpoint(uri, outcome)
     return uri
 

@@ -20,6 +20,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from lum_ray.artifacts import UserError, storage
 from lum_ray.training.loop import DivergedError, Worker
 
+RESIZE_S = 60.0
+"""A resize restarts the workers from the last checkpoint, so it should not come too often."""
 MakeLoop = Callable[[Worker], dict[str, Any]]
 
 
@@ -30,15 +32,17 @@ def fit(
     storage_path: str | None = None,
     name: str = "train",
     max_failures: int = 3,
+    min_workers: int | None = None,
 ) -> dict[str, Any]:
     """Run `make_loop(worker)` on `workers` processes and return what it returned on rank 0.
 
     `make_loop` builds stage and loader and calls `train_loop`; it is pickled where there are several workers. `gpus`
     gives each worker one GPU. `storage_path` (a URI) keeps Ray's own records, of no use later. A crashed worker
-    restarts the group, `max_failures` times at most. Raises UserError where the session has too few CPUs or GPUs, and
-    whatever user error stopped the loop; else `ray.train.TrainingFailedError`.
+    restarts the group, `max_failures` times at most; with `min_workers` it starts again with as many workers as there
+    is room for, at least these, and is resized when machines come. Raises UserError where the session has too few CPUs
+    or GPUs, and whatever user error stopped the loop; else `ray.train.TrainingFailedError`.
     """
-    _check(workers, gpus)
+    _check(workers if min_workers is None else min_workers, gpus)
     if workers == 1:
         return _alone(make_loop, gpus)
 
@@ -57,7 +61,11 @@ def fit(
     trainer = TorchTrainer(
         loop_per_worker,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers if min_workers is None else (min_workers, workers),
+            use_gpu=gpus,
+            elastic_resize_monitor_interval_s=RESIZE_S,
+        ),
         run_config=ray.train.RunConfig(
             # A new name each time: Ray takes up a finished run of the same name.
             name=f"{name}-{uuid.uuid4().hex[:8]}",
@@ -102,7 +110,7 @@ def _report(metrics: Mapping[str, float]) -> None:
 
 
 def _check(workers: int, gpus: bool) -> None:
-    """Raises UserError where there are fewer CPUs or GPUs than workers."""
+    """Raises UserError where there are fewer CPUs or GPUs than the workers that there must be."""
     if workers == 1:
         if gpus and not torch.cuda.is_available():
             raise UserError("train: one GPU asked for, but torch sees none on this machine")

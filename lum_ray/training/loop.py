@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
-from lum_ray.artifacts import UserError
+from lum_ray.artifacts import UserError, join, write_json
 from lum_ray.config import Train
 from lum_ray.stage import Stage
 from lum_ray.training.checkpoint import STATE, Resumed, Writer, resume
@@ -42,6 +42,8 @@ from lum_ray.weights import MODEL
 Arrays = Mapping[str, npt.NDArray[Any]]
 Metrics = dict[str, float]
 Validation = Callable[[torch.nn.Module], Mapping[str, float]]
+DIVERGED = "diverged.json"
+"""Beside the checkpoint: the step whose loss was not finite, and its users."""
 LOWER_IS_BETTER = ("loss", "mape", "wmape", "brier", "ece", "mae")
 
 
@@ -258,7 +260,7 @@ class _Run:
         tokens = float(sum(np.sum(batch["tokens"]) for batch in step.micro_batches if "tokens" in batch))
         self.window.add(outcome, tokens, wait_s)
         self.progress.step += 1
-        self.unchecked.append((self.progress.step, outcome, _first_users(step.micro_batches)))
+        self.unchecked.append((self.progress.step, outcome, _users(step.micro_batches)))
         return outcome.votes
 
     def _check_finite(self) -> None:
@@ -274,7 +276,9 @@ class _Run:
             where = ", ".join(terms[:5]) if terms else "none of the terms, only the gradient"
             finite = bool(torch.isfinite(outcome.sums_K).all())
             bad = broadcast([user for part in gather_columns([] if finite else users) or [] for user in part]) or users
-            whose = f"; the batch's first users: {', '.join(bad[:5])}" if bad else ""
+            whose = f"; the batch's first users: {', '.join(bad[:5])}, all of them in {DIVERGED}" if bad else ""
+            if self.worker.rank == 0:
+                write_json(join(self.place, DIVERGED), {"step": step, "terms": terms, "users": bad})
             raise DivergedError(
                 f"step {step}: the loss is {objective:g} and the gradient's norm {norm:g} (not finite: {where}){whose}"
                 "; look for extreme values in these users' data, or lower train.learning_rate"
@@ -334,11 +338,8 @@ def _stream(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _first_users(micro_batches: Sequence[Arrays]) -> list[str]:
-    for batch in micro_batches:
-        if "user" in batch and len(batch["user"]):
-            return [str(user) for user in batch["user"][:5]]
-    return []
+def _users(micro_batches: Sequence[Arrays]) -> list[str]:
+    return [str(user) for batch in micro_batches if "user" in batch for user in batch["user"]]
 
 
 @contextlib.contextmanager
