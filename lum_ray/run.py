@@ -15,6 +15,7 @@ Day = int | str
 
 Kind = Literal["binary", "continuous", "count"]
 STRICT: dict[str, Any] = {"extra": "forbid"}
+LATE_DAYS = 7
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,10 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Data:
-    """The raw tables, their columns, the time zone and the behaviours (LUMOS) or the items (GTS-LUM)."""
+    """The raw tables, their columns, the time zone and the behaviours (LUMOS) or the items (GTS-LUM).
+
+    `late_days`: events in new files may be so many days before the end of what was known; later ones are rejected.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     behaviours: tuple[Behaviour, ...] = ()
@@ -173,9 +177,12 @@ class Data:
     start: Day | None = None
     end: Day | None = None
     max_reject_share: float = 0.001
+    late_days: int = LATE_DAYS
     engine: Literal["auto", "local", "ray"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.late_days < 0:
+            raise ValueError(f"late_days: expected 0 or more days, got {self.late_days}")
         everything: tuple[Behaviour | Derived | Horizon, ...] = (*self.behaviours, *self.derived, *self.horizons)
         names = [item.name for item in everything]
         twice = sorted({name for name in names if names.count(name) > 1})
