@@ -117,6 +117,14 @@ def prepare(run: RunFile, root: Root = None, set_: Set = None) -> None:
 
 
 @app.command()
+def compact(run: RunFile, root: Root = None, set_: Set = None) -> None:
+    """Merge the parts that days of increments have left into one, and free what nobody needs any more."""
+    from lum_ray.steps import compact as step
+
+    done(step(load(run, root, set_), say))
+
+
+@app.command()
 def train(
     run: RunFile, root: Root = None, set_: Set = None, fresh: Annotated[bool, typer.Option(help="train anew")] = False
 ) -> None:

@@ -29,12 +29,26 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Events:
+class Table:
+    """Where a raw table is: a file, a folder of parquet files, or a Delta table, of which `version` or `timestamp` (an
+    ISO time) pins a version; without them it is the newest."""
+
+    path: str | None = None
+    version: int | None = None
+    timestamp: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.version is not None and self.timestamp is not None:
+            both = f"{self.version} and {self.timestamp}"
+            raise ValueError(f"version: expected a version or a timestamp, got both, {both}; leave one out")
+
+
+@dataclass(frozen=True)
+class Events(Table):
     """`id` names a column (or none) whose repeated values mark duplicate rows, `item` the one that holds the item of
     each event (only GTS-LUM reads it)."""
 
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
     user: str = "user"
     time: str = "time"
     id: str | None = None
@@ -42,9 +56,8 @@ class Events:
 
 
 @dataclass(frozen=True)
-class Profiles:
+class Profiles(Table):
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
     user: str = "user"
     registered: str | None = None
     ends: str | None = None
@@ -55,25 +68,24 @@ class Profiles:
 
 
 @dataclass(frozen=True)
-class Calendar:
+class Calendar(Table):
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
     holidays: str | None = None
 
 
 @dataclass(frozen=True)
-class Items:
+class Items(Table):
     """The catalogue, one row an item. An item's text is its `text` columns joined with ", " in this order, without the
     empty ones; `numbers` and `categories` are its columns for the table encoder."""
 
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
     item: str = "item"
     text: tuple[str, ...] = ("text",)
     numbers: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.text:
             raise ValueError("text: expected at least one column that describes the items, such as [title, category]")
 

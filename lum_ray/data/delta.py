@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
 
@@ -99,8 +99,8 @@ def is_table(uri: str) -> bool:
 def pin(path: str, version: int | None, timestamp: str | None, where: str) -> int | None:
     """The version that `path` is read at: that one, the one of `timestamp` or the newest; None for no Delta table.
 
-    Raises UserError, naming `where` in the run file, for a version or a timestamp that the table does not have, or that
-    is given for something else.
+    Raises UserError, naming `where` in the run file, for a timestamp before the table, and for what is given for
+    something else. A version that is not there is found when it is read.
     """
     plain, inside = split(path)
     given = version is not None or timestamp is not None
@@ -113,7 +113,9 @@ def pin(path: str, version: int | None, timestamp: str | None, where: str) -> in
                 f"is no {LOG}; mend the path, or leave the version out for a folder of parquet files"
             )
         return None
-    return int(_open(plain, inside if version is None else version, timestamp, where).version())
+    if version is not None:
+        return version
+    return int(_open(plain, inside, timestamp, where).version())
 
 
 def table_print(uri: str) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def _open(path: str, version: int | None, timestamp: str | None = None, where: s
         table = deltalake.DeltaTable(uri, storage_options=storage_options(path))
         newest = table.version()
         if timestamp is not None:
-            table.load_as_version(_instant(timestamp, where))
+            _load_as_of(table, _instant(timestamp, where), f"{where}.timestamp: {path}")
         elif version is not None and version != newest:
             table.load_as_version(version)
     except DeltaError as error:
@@ -234,6 +236,16 @@ def _open(path: str, version: int | None, timestamp: str | None = None, where: s
     return table
 
 
+def _load_as_of(table: Any, instant: datetime, where: str) -> None:
+    table.load_as_version(instant)
+    history: list[dict[str, Any]] = table.history(1)
+    written = history[0].get("timestamp") if history else None
+    # the library takes the earliest version for a time before it
+    if written is not None and written > instant.timestamp() * 1000:
+        first = datetime.fromtimestamp(written / 1000, UTC).isoformat()
+        raise UserError(f"{where}: has no version as of {instant.isoformat()}; the earliest that is left is of {first}")
+
+
 def _newest(path: str) -> int:
     place = storage(join(path, LOG))
     found = place.filesystem.get_file_info(fs.FileSelector(place.path))
@@ -242,7 +254,8 @@ def _newest(path: str) -> int:
 
 def _instant(timestamp: str, where: str) -> datetime:
     try:
-        return datetime.fromisoformat(timestamp)
+        instant = datetime.fromisoformat(timestamp)
+        return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
     except ValueError:
         raise UserError(
             f"{where}.timestamp: expected an ISO time such as 2024-03-01T00:00:00Z, got {timestamp!r}"

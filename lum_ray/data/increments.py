@@ -85,7 +85,7 @@ def find_base(
     """
     beside = {_name(found): found for found in siblings(uri)}
     related = [found for found in beside.values() if found.manifest.get("lineage") == lineage]
-    related.sort(key=lambda found: (-found.manifest["known_end_day"], _name(found)))
+    related.sort(key=_how_new, reverse=True)
     best: Base | None = None
     refused: str | None = None
     for found in related:
@@ -119,6 +119,11 @@ def owners(manifest: Mapping[str, Any]) -> set[str]:
 
 def _name(artifact: Artifact) -> str:
     return artifact.uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _how_new(found: Artifact) -> tuple[int, int, str]:
+    read = found.manifest["inputs"]["events"]
+    return found.manifest["known_end_day"], read["version"] if isinstance(read, dict) else len(read), _name(found)
 
 
 def _left(base: Base) -> tuple[int, int]:

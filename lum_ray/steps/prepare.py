@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,6 +25,7 @@ from lum_ray.artifacts import (
     write_bytes,
 )
 from lum_ray.config import Run, Subset, day_number
+from lum_ray.data import delta
 from lum_ray.data import prepare as data_prepare
 from lum_ray.data.adapters import VERSIONS, write_source
 from lum_ray.data.raw import RawFile, RawTables
@@ -35,7 +36,7 @@ from lum_ray.data.windows import CutPlan, DerivedTarget, HorizonTarget
 from lum_ray.lumos import timelines as tokenizer
 from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.fitting import fit_inputs, with_starts
-from lum_ray.run import LATE_DAYS
+from lum_ray.run import LATE_DAYS, Table
 from lum_ray.steps.session import start_ray
 
 Log = Callable[[str], None]
@@ -80,12 +81,42 @@ class Prints:
     calendar: Any
 
 
+TABLES = ("events", "profiles", "calendar", "items")
+
+
+def pinned(run: Run, log: Log = silent) -> Run:
+    """The run with the version of every Delta table that it reads written down: what all its steps read."""
+    found: dict[str, Any] = {}
+    for name in TABLES:
+        table = getattr(run.data, name)
+        if table is None or table.path is None:
+            continue
+        version = delta.pin(table.path, table.version, table.timestamp, f"data.{name}")
+        if version is not None and (table.version, table.timestamp) != (version, None):
+            log(f"{name}: version {version} of {table.path}")
+            path, _ = delta.split(table.path)
+            found[name] = replace(table, path=path, version=version, timestamp=None)
+    return replace(run, data=replace(run.data, **found)) if found else run
+
+
+def _place(table: Table | None) -> str | None:
+    """Where a table's rows are, its version with it."""
+    if table is None or table.path is None or table.version is None:
+        return table.path if table else None
+    return f"{table.path}@v{table.version}"
+
+
+def _print_of(uri: str) -> Any:
+    return delta.table_print(uri) if delta.is_table(uri) else fingerprint(uri)
+
+
 def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
     """Where the raw tables are, and their fingerprints. A run with a `source` gets them from its adapter, once."""
+    run = pinned(run, log)
     data, source = run.data, run.data.source
-    own = [table.path if table else None for table in (data.events, data.profiles, data.calendar)]
+    own = [_place(table) for table in (data.events, data.profiles, data.calendar)]
     made: list[str | None] = [None, None, None]
-    print_of: list[Any] = [fingerprint(path) if path else None for path in own]
+    print_of: list[Any] = [_print_of(path) if path else None for path in own]
     if source is None:
         if own[0] is None:
             raise UserError("data.events.path: missing; give the folder of the event files, or a `data.source`")
@@ -119,9 +150,10 @@ def _written(run: Run, log: Log) -> tuple[str, str]:
 
 def raw_items(run: Run, log: Log = silent) -> tuple[str, Any]:
     """Where the items table is, and its fingerprint."""
-    assert run.data.items is not None
-    if run.data.items.path:
-        return run.data.items.path, fingerprint(run.data.items.path)
+    run = pinned(run, log)
+    place = _place(run.data.items)
+    if place is not None:
+        return place, _print_of(place)
     if run.data.source is None:
         raise UserError("data.items.path: missing; give the folder of the items table, or a `data.source`")
     uri, name = _written(run, log)
