@@ -18,7 +18,7 @@ from typing import Any
 from pyarrow import fs
 
 from lum_ray import artifacts
-from lum_ray.artifacts import Artifact, join, storage
+from lum_ray.artifacts import Artifact, UserError, join, storage
 from lum_ray.config import Data
 from lum_ray.data import delta
 from lum_ray.data.raw import RawFile, RawTables
@@ -111,6 +111,28 @@ def siblings(uri: str) -> list[Artifact]:
     return [artifact for artifact in found if artifact is not None]
 
 
+def files_of(events_print: Any) -> dict[str, list[Any]] | None:
+    """What a fingerprint says of each event file, by name; None where it is not one of files."""
+    if not isinstance(events_print, list) or not all(isinstance(entry, list) for entry in events_print):
+        return None
+    return {name: rest for name, *rest in events_print}
+
+
+def as_fingerprinted(files: Sequence[RawFile], prints: Mapping[str, Any]) -> list[RawFile]:
+    """Of the event files, those that the fingerprints have: a file that came since is the next increment's.
+
+    Raises UserError for one that was written anew since.
+    """
+    known = files_of(prints["events"])
+    if not known or set(known) == {""}:
+        return list(files)
+    there = [file for file in files if file.name.removeprefix("events/") in known]
+    for file in there:
+        if file.bytes != known[file.name.removeprefix("events/")][0]:
+            raise UserError(f"{file.uri}: was changed while it was being prepared; prepare again when it is whole")
+    return there
+
+
 def owners(manifest: Mapping[str, Any]) -> set[str]:
     """The other artifacts whose files a manifest refers to."""
     named = [manifest.get("profiles_of"), *(part.get("artifact") for part in manifest.get("parts", ()))]
@@ -149,9 +171,9 @@ def _not_read(
     then, now = found.manifest["inputs"]["events"], prints["events"]
     if isinstance(then, dict) and isinstance(now, dict):
         return _added(then, now, data, tables)
-    if isinstance(then, dict) or isinstance(now, dict):
-        return "its events came from another kind of table"
-    before, after = ({name: rest for name, *rest in entries} for entries in (then, now))
+    before, after = files_of(then), files_of(now)
+    if before is None or after is None:
+        return "the events are of an adapter, or another kind of table"
     for name, rest in before.items():
         if after.get(name) != rest:
             return f"the event file {name} was {'changed' if name in after else 'removed'}"

@@ -32,7 +32,7 @@ from lum_ray.artifacts import Artifact, UserError, join, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data import buckets
 from lum_ray.data.context import canonical_calendar, check_profiles, has_dates, repeated_users_error
-from lum_ray.data.increments import Base, find_base
+from lum_ray.data.increments import Base, as_fingerprinted, find_base
 from lum_ray.data.raw import RawFile, RawTables, raw_files
 from lum_ray.data.reader import Timelines
 from lum_ray.data.schema import REJECTS, check_events
@@ -67,14 +67,15 @@ def prepare_timelines(
     block_rows: int = BLOCK_ROWS,
     lineage: str | None = None,
     log: Callable[[str], None] = lambda text: None,
+    events: Sequence[RawFile] | None = None,
 ) -> Artifact:
     """Build the timelines artifact at `uri` (its last part is the digest), or return it where it is committed already.
 
     `fingerprint` (of the inputs) is kept in the manifest; with `lineage` it says by table what was read, and the
     artifact continues the nearest one of its lineage beside it (see `increments`), whose `log2_buckets` it inherits.
-    `log` hears which, or why there is none. `block_rows` is about what a map task reads (at least a row group).
-    Profiles are prepared where `data.profiles` is set. Raises UserError for tables that cannot be read, break the
-    schema, or hold more than `max_reject_share` bad rows.
+    `log` hears which, or why there is none. `events` are the event files where they are checked already, `block_rows`
+    is about what a map task reads (at least a row group). Profiles are prepared where `data.profiles` is set. Raises
+    UserError for tables that cannot be read, break the schema, or hold more than `max_reject_share` bad rows.
 
     A tokenizer that keeps events one by one makes the same layout with a row an event, of the kind `sequences`: its
     days may come again within a user, `active_days` counts the events kept, and the behaviours of `data` are not read.
@@ -86,7 +87,7 @@ def prepare_timelines(
         data = replace(data, behaviours=(), derived=(), horizons=())
     try:
         return _build(
-            data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows, lineage, log
+            data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows, lineage, log, events
         )
     except FileNotFoundError:
         # another driver built the same artifact and removed `_work/` under us: its result is ours
@@ -108,8 +109,9 @@ def _build(
     block_rows: int,
     lineage: str | None,
     log: Callable[[str], None],
+    events: Sequence[RawFile] | None,
 ) -> Artifact:
-    events: Sequence[RawFile] = check_events(tables.events, data)
+    events = check_events(tables.events, data) if events is None else events
     profiles: Sequence[RawFile] = []
     if data.profiles is not None:
         if tables.profiles is None:
@@ -117,6 +119,8 @@ def _build(
                 "data.profiles: set, but there is no profiles table; give data.profiles.path or remove data.profiles"
             )
         profiles = check_profiles(tables.profiles, data)
+    if lineage is not None:
+        events = as_fingerprinted(events, fingerprint)
     base = _base(data, tables, uri, lineage, fingerprint, events, log)
     earlier: Mapping[str, Any] = base.manifest if base else {}
     if base is not None:
@@ -147,10 +151,9 @@ def _build(
     end_day = known_end_day if data.end is None else day_number(data.end)
     from_day = first_day if base is None else max(base.since, first_day)
     part = f"part-{from_day}-{end_day}"
+    continued = (base.states(files), base.known(files)) if base else ()
     merges = [
-        *merge_tasks(
-            "events", part, maps, files, keep_from, *((base.states(files), base.known(files)) if base else ())
-        ),
+        *merge_tasks("events", part, maps, files, keep_from, *continued),
         *merge_tasks("profiles", "profiles", maps, files),
     ]
     merged = _run_all(run, job, merges, "merge", progress)
@@ -160,18 +163,13 @@ def _build(
     rejected = _check_rejects(job, mapped + merged, {"events": event_rows, "profiles": profile_rows})
 
     made = [result for result in merged if result["table"] == "events"]
-    total = {key: sum(result[key] for result in made) for key in ("bytes", "active_days", "rows", "state_days")}
+    if base is not None:
+        # it may have been compacted meanwhile: its rows are the same, its files are not
+        base = replace(base, artifact=artifacts.open_artifact(base.artifact.uri))
+        earlier = base.manifest
     parts = base.parts() if base else []
     if any(result["row_groups"] for result in made):
         parts.append({"path": part, "from_day": from_day, "to_day": end_day, "files": _files(made)})
-    # the base's active days from `since` on are in the new part
-    active_days = total["active_days"] + (earlier["active_days"] - earlier["states"]["active_days"] if base else 0)
-    size = total["bytes"] + (earlier["bytes"] if base else 0)
-    read = {table: [count, rejected[table]] for table, count in (("events", event_rows), ("profiles", profile_rows))}
-    if base is not None:
-        read["events"] = [ours + theirs for ours, theirs in zip(read["events"], earlier["read"]["events"], strict=True)]
-        read["profiles"] = earlier["read"]["profiles"] if base.same_profiles else read["profiles"]
-    users = _bucket_users(base, made) if base else None
     stored = [{"name": b.name, "kind": b.kind, "resolution": b.resolution} for b in data.behaviours]
     manifest = {
         "kind": "sequences" if tokenizer.columns else "timelines",
@@ -184,28 +182,19 @@ def _build(
         "behaviours": [*stored, *({"name": name, "kind": "event", "resolution": 1} for name in tokenizer.columns)],
         "first_day": first_day,
         "end_day": end_day,
-        "users": total["rows"] if users is None else sum(users),
-        "active_days": active_days,
-        "events": read["events"][0] - read["events"][1],
-        "rows_in": sum(count for count, _ in read.values()),
-        "rows_rejected": sum(count for _, count in read.values()),
-        "bytes": size,
-        "bytes_per_active_day": round(size / active_days, 3),
+        **_counts(base, made, {"events": event_rows, "profiles": profile_rows}, rejected),
     }
-    if base is not None:
-        manifest["bucket_users"] = users
-        if base.same_profiles and earlier["profiles"] is not None:
-            manifest["profiles_of"] = earlier.get("profiles_of", base.digest)
+    if base is not None and base.same_profiles and earlier["profiles"] is not None:
+        manifest["profiles_of"] = earlier.get("profiles_of", base.digest)
     if lineage is not None:
         manifest |= {
             "lineage": lineage,
             "known_end_day": known_end_day,
-            "read": read,
             "states": {
                 "files": [f"{result['file'].partition('.')[0]}.arrow" for result in made if result["state_rows"]],
                 "of_files": files,
                 "rows": sum(result["state_rows"] for result in made),
-                "active_days": total["state_days"],
+                "active_days": sum(result["state_days"] for result in made),
             },
         }
     artifact = artifacts.commit(uri, manifest)
@@ -273,13 +262,35 @@ def _base(
     return base
 
 
-def _bucket_users(base: Base, made: Sequence[Task]) -> list[int]:
-    """Distinct users of each bucket: the base's, and those of the new part that it does not have."""
-    counts = Timelines(base.artifact).bucket_users.copy()
-    for result in made:
-        for bucket, count in result["new_users"]:
-            counts[bucket] += count
-    return [int(count) for count in counts]
+def _counts(
+    base: Base | None, made: Sequence[Task], rows: Mapping[str, int], rejected: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the manifest counts, over the base's parts and the new one; `read`: by table, rows and rejects."""
+    users, active_days, size = (sum(result[key] for result in made) for key in ("rows", "active_days", "bytes"))
+    read = {table: [count, rejected[table]] for table, count in rows.items()}
+    counts: dict[str, Any] = {}
+    if base is not None:
+        earlier = base.manifest
+        read["events"] = [ours + theirs for ours, theirs in zip(read["events"], earlier["read"]["events"], strict=True)]
+        read["profiles"] = earlier["read"]["profiles"] if base.same_profiles else read["profiles"]
+        per_bucket = Timelines(base.artifact).bucket_users.copy()
+        for result in made:
+            for bucket, count in result["new_users"]:
+                per_bucket[bucket] += count
+        users, counts["bucket_users"] = int(per_bucket.sum()), per_bucket.tolist()
+        # the base's active days from `since` on are in the new part
+        active_days += earlier["active_days"] - earlier["states"]["active_days"]
+        size += earlier["bytes"]
+    return counts | {
+        "users": users,
+        "active_days": active_days,
+        "events": read["events"][0] - read["events"][1],
+        "rows_in": sum(count for count, _ in read.values()),
+        "rows_rejected": sum(count for _, count in read.values()),
+        "bytes": size,
+        "bytes_per_active_day": round(size / active_days, 3),
+        "read": read,
+    }
 
 
 def _files(results: Iterable[Task]) -> list[dict[str, Any]]:

@@ -71,7 +71,12 @@ def check_events(
             f"data.events.path: {uri}: none of its {pruned.seen} files holds a day of data.start, {data.start}, to "
             f"data.end, {data.end}; mend these"
         )
+    checked: list[pa.Schema] = []
     for file in files:
+        # a table has many files, and few kinds of them
+        if any(file.schema.equals(schema) for schema in checked):
+            continue
+        checked.append(file.schema)
         columns = {"user": data.events.user, "time": data.events.time} | (
             {"id": data.events.id} if data.events.id else {}
         )

@@ -234,7 +234,7 @@ def find_or_build(
             start_ray()
     lineage = digest("lineage", kind, made_by.version, shape, profiles, data.late_days)
     return data_prepare.prepare_timelines(
-        data, tables, uri, made_by, data.engine, asdict(prints), lineage=lineage, log=log
+        data, tables, uri, made_by, data.engine, asdict(prints), lineage=lineage, log=log, events=files
     )
 
 
