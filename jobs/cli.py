@@ -117,6 +117,14 @@ def prepare(run: RunFile, root: Root = None, set_: Set = None) -> None:
 
 
 @app.command()
+def compact(run: RunFile, root: Root = None, set_: Set = None) -> None:
+    """Merge the parts that days of increments have left into one, and free what nobody needs any more."""
+    from lum_ray.steps import compact as step
+
+    done(step(load(run, root, set_), say))
+
+
+@app.command()
 def train(
     run: RunFile, root: Root = None, set_: Set = None, fresh: Annotated[bool, typer.Option(help="train anew")] = False
 ) -> None:
@@ -200,9 +208,11 @@ def predict(
     ] = None,
     k: Annotated[int | None, typer.Option("-k", help="GTS-LUM: items a list; default: gts.retrieve")] = None,
     unseen: Annotated[bool, typer.Option("--unseen", help="GTS-LUM: leave out what a user had")] = False,
+    delta: Annotated[str | None, typer.Option(metavar="URI", help="a Delta table that takes the rows, too")] = None,
 ) -> None:
     """Predict every user's coming days, or what comes next, into parquet files; with stable cohorts where asked."""
     from lum_ray.steps import predict as step
+    from lum_ray.steps.deliver import deliver
 
     loaded = load(run, root, set_)
     day: int | str | None = int(cut) if cut is not None and cut.lstrip("-").isdigit() else cut
@@ -211,7 +221,10 @@ def predict(
         lists = {"readings": reading or ["retrieve"], "k": k, "seen_filter": unseen}
     elif reading or k is not None or unseen:
         raise UserError(f"--reading, -k and --unseen are for runs of GTS-LUM, {loaded.name} is one of LUMOS")
-    done(step(loaded, say, day, shares(cohorts), salt, checkpoint, **lists))
+    predicted = step(loaded, say, day, shares(cohorts), salt, checkpoint, **lists)
+    if delta is not None:
+        deliver(predicted, delta, say)
+    done(predicted)
 
 
 def shares(text: str) -> dict[str, float]:

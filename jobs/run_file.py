@@ -22,7 +22,8 @@ SECTIONS = {
 }
 FIELDS = {
     "data.source": "an adapter that writes raw tables; leave it out (null) and give events.path for tables of your own",
-    "data.events": "path: parquet files, local or s3://; user, time: columns; id: a column whose repeats are refused; "
+    "data.events": "path: parquet files or a Delta table (version or timestamp pins it), local or s3://; user, time: "
+    "columns; id: a column whose repeats are refused; "
     "item: what the event is about (gts)",
     "data.items": "one row an item; text: columns that describe it in words; numbers, categories: its table",
     "data.graph": "edges between items: co_occurrence at one moment before the train cut, or a table at path, or both",
@@ -33,6 +34,7 @@ FIELDS = {
     "data.derived": "targets over days: 'no X in the next N days', 'X after N days without'",
     "data.horizons": "heads of their own over the first days after the cut: any (binary) or sum (numbers)",
     "data.max_reject_share": "more broken rows than this stop the job; they are listed in rejects/",
+    "data.late_days": "events in new files may be so many days before the end of what was known, others are rejected",
     "data.engine": "auto, local or ray",
     "lumos.history_days": "the paper: 360",
     "lumos.cuts_per_window": "1 is the paper's; more supervise several cuts of one history in one pass (needs causal)",

@@ -15,6 +15,7 @@ Day = int | str
 
 Kind = Literal["binary", "continuous", "count"]
 STRICT: dict[str, Any] = {"extra": "forbid"}
+LATE_DAYS = 7
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,26 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Events:
+class Table:
+    """Where a raw table is: a file, a folder of parquet files, or a Delta table, of which `version` or `timestamp` (an
+    ISO time) pins a version; without them it is the newest."""
+
+    path: str | None = None
+    version: int | None = None
+    timestamp: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.version is not None and self.timestamp is not None:
+            both = f"{self.version} and {self.timestamp}"
+            raise ValueError(f"version: expected a version or a timestamp, got both, {both}; leave one out")
+
+
+@dataclass(frozen=True)
+class Events(Table):
     """`id` names a column (or none) whose repeated values mark duplicate rows, `item` the one that holds the item of
     each event (only GTS-LUM reads it)."""
 
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
     user: str = "user"
     time: str = "time"
     id: str | None = None
@@ -41,9 +56,8 @@ class Events:
 
 
 @dataclass(frozen=True)
-class Profiles:
+class Profiles(Table):
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
     user: str = "user"
     registered: str | None = None
     ends: str | None = None
@@ -54,25 +68,24 @@ class Profiles:
 
 
 @dataclass(frozen=True)
-class Calendar:
+class Calendar(Table):
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
     holidays: str | None = None
 
 
 @dataclass(frozen=True)
-class Items:
+class Items(Table):
     """The catalogue, one row an item. An item's text is its `text` columns joined with ", " in this order, without the
     empty ones; `numbers` and `categories` are its columns for the table encoder."""
 
     __pydantic_config__: ClassVar = STRICT
-    path: str | None = None
     item: str = "item"
     text: tuple[str, ...] = ("text",)
     numbers: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.text:
             raise ValueError("text: expected at least one column that describes the items, such as [title, category]")
 
@@ -157,7 +170,10 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Data:
-    """The raw tables, their columns, the time zone and the behaviours (LUMOS) or the items (GTS-LUM)."""
+    """The raw tables, their columns, the time zone and the behaviours (LUMOS) or the items (GTS-LUM).
+
+    `late_days`: events in new files may be so many days before the end of what was known; later ones are rejected.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     behaviours: tuple[Behaviour, ...] = ()
@@ -173,9 +189,12 @@ class Data:
     start: Day | None = None
     end: Day | None = None
     max_reject_share: float = 0.001
+    late_days: int = LATE_DAYS
     engine: Literal["auto", "local", "ray"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.late_days < 0:
+            raise ValueError(f"late_days: expected 0 or more days, got {self.late_days}")
         everything: tuple[Behaviour | Derived | Horizon, ...] = (*self.behaviours, *self.derived, *self.horizons)
         names = [item.name for item in everything]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -88,6 +88,33 @@ def gather(uris: Sequence[str], index: int) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
 
 
+def write_states(uri: str, states: pa.Table) -> None:
+    """Write the states of a final file's users for the next increment."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.ipc.new_file(sink, states.schema, options=options) as writer:
+        writer.write_table(states.combine_chunks())
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def gather_states(sources: Sequence[tuple[str, bool]], index: int, log2_buckets: int, files: int) -> pa.Table:
+    """The rows that belong to file `index` of `files`, of files that `write_states` wrote.
+
+    `sources`: their URIs, and whether all their users are of that file. Raises FileNotFoundError.
+    """
+    tables = []
+    for uri, whole in sources:
+        place = storage(uri)
+        with place.filesystem.open_input_file(place.path) as stream, pa.ipc.open_file(stream) as reader:
+            table = reader.read_all().combine_chunks()
+        tables.append(
+            table
+            if whole
+            else table.filter(pa.array(_slices(table["user"].combine_chunks(), log2_buckets, files) == index))
+        )
+    return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+
+
 def timelines_of(daily: pa.Table, log2_buckets: int) -> pa.Table:
     """A daily table (user, day, integers; A rows sorted by (user, day)) as one row per user (N), in bucket order.
 

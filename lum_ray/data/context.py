@@ -17,19 +17,8 @@ import pyarrow.compute as pc
 from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Profiles
 from lum_ray.data.expressions import plain
-from lum_ray.data.schema import (
-    REJECTS,
-    RawFile,
-    Rejected,
-    batches,
-    check_time,
-    check_user,
-    check_zone,
-    mask,
-    raw_files,
-    require,
-    wrong_type,
-)
+from lum_ray.data.raw import RawFile, RowNumbers, batches, raw_files
+from lum_ray.data.schema import REJECTS, Rejected, check_time, check_user, check_zone, mask, require, wrong_type
 from lum_ray.data.times import to_day
 
 CANONICAL = ("bucket", "user", "user_hash", "registered", "ends", "segment")
@@ -113,7 +102,7 @@ def _group(file: RawFile, name: str) -> str:
 
 
 def clean_profiles(
-    table: pa.Table, data: Data, file: str = "profiles", first_row: int = 0
+    table: pa.Table, data: Data, file: str = "profiles", first_row: RowNumbers = 0
 ) -> tuple[pa.Table, pa.Table]:
     """Profiles (as they are in a file or a request) in canonical form, and the rejects (file, row, reason).
 
@@ -166,7 +155,7 @@ def canonical_profiles(data: Data, uri: str) -> tuple[pa.Table, pa.Table]:
     """The whole profiles table at `uri` in canonical form, by user, and the rejects. Raises UserError."""
     tables, rejects = [], []
     for file in check_profiles(uri, data):
-        for batch, row in batches(file.uri, file.schema.names, None, 0, 1 << 19):
+        for batch, row in batches(file.uri, file.schema.names, None, 0, 1 << 19, file.overlay):
             cleaned, bad = clean_profiles(batch, data, file.name, row)
             tables.append(cleaned)
             rejects.append(bad)
@@ -194,7 +183,7 @@ def check_calendar(uri: str, data: Data) -> list[RawFile]:
 
 
 def clean_calendar(
-    table: pa.Table, data: Data, file: str = "calendar", first_row: int = 0
+    table: pa.Table, data: Data, file: str = "calendar", first_row: RowNumbers = 0
 ) -> tuple[pa.Table, pa.Table]:
     """Calendar rows (of a file or a what-if request) as CALENDAR, and the rejects.
 
@@ -244,7 +233,7 @@ def canonical_calendar(data: Data, uri: str | None, first_day: int, end_day: int
     tables, rejects = [CALENDAR.empty_table()], [REJECTS.empty_table()]
     for file in check_calendar(uri, data) if uri is not None else []:
         columns = [name for name in CALENDAR.names if name in file.schema.names]
-        for batch, row in batches(file.uri, columns, None, 0, 1 << 19):
+        for batch, row in batches(file.uri, columns, None, 0, 1 << 19, file.overlay):
             cleaned, bad = clean_calendar(batch, data, file.name, row)
             tables.append(cleaned)
             rejects.append(bad)

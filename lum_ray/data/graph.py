@@ -16,19 +16,9 @@ from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Graph
 from lum_ray.data.expressions import plain
 from lum_ray.data.items import BATCH_ROWS, Catalogue
+from lum_ray.data.raw import RawFile, batches, raw_files
 from lum_ray.data.rows import Int64, hash_strings
-from lum_ray.data.schema import (
-    REJECTS,
-    RawFile,
-    Rejected,
-    batches,
-    check_time,
-    check_user,
-    mask,
-    raw_files,
-    require,
-    wrong_type,
-)
+from lum_ray.data.schema import REJECTS, Rejected, check_time, check_user, mask, require, wrong_type
 from lum_ray.data.times import to_day
 from lum_ray.data.windows import visible
 
@@ -72,7 +62,7 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
     rows = unknown = later = 0
     for file in check_graph(uri, data):
         rows += file.rows
-        for batch, first_row in batches(file.uri, list(dict.fromkeys(columns)), None, 0, BATCH_ROWS):
+        for batch, first_row in batches(file.uri, list(dict.fromkeys(columns)), None, 0, BATCH_ROWS, file.overlay):
             rejected = Rejected(file.name, first_row, batch.num_rows)
             ends = [pc.cast(plain(batch[name]), pa.string()) for name in (graph.source, graph.target)]
             for name, column in zip((graph.source, graph.target), ends, strict=True):

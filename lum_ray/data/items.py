@@ -22,19 +22,9 @@ import pyarrow.compute as pc
 from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Items
 from lum_ray.data.expressions import plain
+from lum_ray.data.raw import RawFile, RowNumbers, batches, raw_files
 from lum_ray.data.rows import HashIndex, Int64, Strings, hash_strings
-from lum_ray.data.schema import (
-    REJECTS,
-    RawFile,
-    Rejected,
-    batches,
-    check_user,
-    item_column,
-    mask,
-    raw_files,
-    require,
-    wrong_type,
-)
+from lum_ray.data.schema import REJECTS, Rejected, check_user, item_column, mask, require, wrong_type
 
 BATCH_ROWS = 1 << 19
 SEPARATOR = ", "
@@ -121,7 +111,7 @@ def read_items(uri: str, data: Data) -> tuple[Catalogue, pa.Table]:
     columns = list(dict.fromkeys((items.item, *items.text, *items.numbers, *items.categories)))
     for file in check_items(uri, data):
         rows += file.rows
-        for batch, first_row in batches(file.uri, columns, None, 0, BATCH_ROWS):
+        for batch, first_row in batches(file.uri, columns, None, 0, BATCH_ROWS, file.overlay):
             cleaned, bad = clean_items(batch, items, file.name, first_row)
             parts.append(cleaned)
             rejects.append(bad)
@@ -135,7 +125,9 @@ def read_items(uri: str, data: Data) -> tuple[Catalogue, pa.Table]:
     return Catalogue.from_table(table.append_column("hash", pa.array(hashes, pa.int64()))), rejected
 
 
-def clean_items(table: pa.Table, items: Items, file: str = "items", first_row: int = 0) -> tuple[pa.Table, pa.Table]:
+def clean_items(
+    table: pa.Table, items: Items, file: str = "items", first_row: RowNumbers = 0
+) -> tuple[pa.Table, pa.Table]:
     """Items as they are in a file -> the columns of `Catalogue.to_table` without `hash`, and the rejects."""
     rejected, noted = (Rejected(file, first_row, table.num_rows) for _ in range(2))
     ids = _words(table[items.item])
@@ -175,7 +167,7 @@ def unknown_items(files: Sequence[RawFile], data: Data, catalogue: Catalogue) ->
     counts = pa.table({"item": pa.array([], pa.string()), "n": pa.array([], pa.int64())})
     for file in files:
         parts = [counts]
-        for batch, _ in batches(file.uri, [column], None, 0, BATCH_ROWS):
+        for batch, _ in batches(file.uri, [column], None, 0, BATCH_ROWS, file.overlay):
             found = pc.value_counts(_words(batch[column]).drop_null().combine_chunks())
             parts.append(pa.table({"item": found.field("values"), "n": found.field("counts")}))
         counts = pa.concat_tables(parts).group_by("item").aggregate([("n", "sum")]).rename_columns(["item", "n"])

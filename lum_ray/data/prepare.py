@@ -18,7 +18,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any, Literal
@@ -32,7 +32,10 @@ from lum_ray.artifacts import Artifact, UserError, join, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data import buckets
 from lum_ray.data.context import canonical_calendar, check_profiles, has_dates, repeated_users_error
-from lum_ray.data.schema import REJECTS, RawFile, RawTables, check_events, raw_files
+from lum_ray.data.increments import Base, as_fingerprinted, find_base
+from lum_ray.data.raw import RawFile, RawTables, raw_files
+from lum_ray.data.reader import Timelines
+from lum_ray.data.schema import REJECTS, check_events
 from lum_ray.data.tasks import Job, Task, Tokenizer, map_tasks, merge_tasks, run_task
 
 __all__ = ["Engine", "Progress", "Tokenizer", "prepare_calendar", "prepare_timelines", "silent"]
@@ -62,13 +65,17 @@ def prepare_timelines(
     progress: Progress = silent,
     log2_buckets: int | None = None,
     block_rows: int = BLOCK_ROWS,
+    lineage: str | None = None,
+    log: Callable[[str], None] = lambda text: None,
+    events: Sequence[RawFile] | None = None,
 ) -> Artifact:
     """Build the timelines artifact at `uri` (its last part is the digest), or return it where it is committed already.
 
-    `fingerprint` (of the inputs) is kept in the manifest, `log2_buckets` is inherited where the artifact continues
-    another, `block_rows` is about what a map task reads (at least a row group). Profiles are prepared where
-    `data.profiles` is set. Raises UserError for tables that cannot be read, break the schema, or hold more than
-    `max_reject_share` bad rows.
+    `fingerprint` (of the inputs) is kept in the manifest; with `lineage` it says by table what was read, and the
+    artifact continues the nearest one of its lineage beside it (see `increments`), whose `log2_buckets` it inherits.
+    `log` hears which, or why there is none. `events` are the event files where they are checked already, `block_rows`
+    is about what a map task reads (at least a row group). Profiles are prepared where `data.profiles` is set. Raises
+    UserError for tables that cannot be read, break the schema, or hold more than `max_reject_share` bad rows.
 
     A tokenizer that keeps events one by one makes the same layout with a row an event, of the kind `sequences`: its
     days may come again within a user, `active_days` counts the events kept, and the behaviours of `data` are not read.
@@ -79,7 +86,9 @@ def prepare_timelines(
     if tokenizer.columns:
         data = replace(data, behaviours=(), derived=(), horizons=())
     try:
-        return _build(data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows)
+        return _build(
+            data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows, lineage, log, events
+        )
     except FileNotFoundError:
         # another driver built the same artifact and removed `_work/` under us: its result is ours
         found = artifacts.find(uri)
@@ -98,35 +107,55 @@ def _build(
     progress: Progress,
     log2_buckets: int | None,
     block_rows: int,
+    lineage: str | None,
+    log: Callable[[str], None],
+    events: Sequence[RawFile] | None,
 ) -> Artifact:
-    events = check_events(tables.events, data)
-    profiles: list[RawFile] = []
+    events = check_events(tables.events, data) if events is None else events
+    profiles: Sequence[RawFile] = []
     if data.profiles is not None:
         if tables.profiles is None:
             raise UserError(
                 "data.profiles: set, but there is no profiles table; give data.profiles.path or remove data.profiles"
             )
         profiles = check_profiles(tables.profiles, data)
+    if lineage is not None:
+        events = as_fingerprinted(events, fingerprint)
+    base = _base(data, tables, uri, lineage, fingerprint, events, log)
+    earlier: Mapping[str, Any] = base.manifest if base else {}
+    if base is not None:
+        log2_buckets = int(earlier["log2_buckets"])
+        events, profiles = base.fresh, [] if base.same_profiles else profiles
     event_rows, profile_rows = (sum(file.rows for file in files) for files in (events, profiles))
     if log2_buckets is None:
         log2_buckets = buckets.choose_log2_buckets(event_rows, profile_rows)
-    files = buckets.choose_files(max(event_rows, profile_rows), log2_buckets)
+    behind = event_rows + (earlier["states"]["rows"] if base else 0)
+    files = buckets.choose_files(max(behind, profile_rows), log2_buckets)
     maps = [*map_tasks("events", events, block_rows), *map_tasks("profiles", profiles, block_rows)]
-    sizes = [file.bytes for file in events + profiles]
+    sizes = [file.bytes for file in (*events, *profiles)]
+    shape = [log2_buckets, files, tokenizer.version, *([base.digest] if base else [])]
     # results of an interrupted attempt are taken up only if it had the same files and cut the work in the same way
-    work = join(uri, "_work", artifacts.digest(maps, sizes, fingerprint, log2_buckets, files, tokenizer.version))
-    job = Job(data, tokenizer, uri, work, log2_buckets, files)
-    run = _engine(engine, events + profiles)
+    work = join(uri, "_work", artifacts.digest(maps, sizes, fingerprint, shape))
+    job = Job(data, tokenizer, uri, work, log2_buckets, files, base.since if base else None)
+    run = _engine(engine, [*events, *profiles])
 
     mapped = _run_all(run, job, maps, "read", progress)
     _check_rejects(job, mapped, {"events": event_rows, "profiles": profile_rows})
     days = [day for result in mapped for day in result.get("days", ())]
-    if not days:
+    if not days and base is None:
         raise UserError(f"{tables.events}: none of the {event_rows} rows is a valid event; see {join(uri, 'rejects')}")
-    first_day = min(days) if data.start is None else day_number(data.start)
-    end_day = max(days) + 1 if data.end is None else day_number(data.end)
-    part = f"part-{first_day}-{end_day}"
-    merges = [*merge_tasks("events", part, maps, files), *merge_tasks("profiles", "profiles", maps, files)]
+    known_end_day = max([*(day + 1 for day in days), *([earlier["known_end_day"]] if base else [])])
+    keep_from = None if lineage is None else known_end_day - data.late_days
+    first_day = min([*days, *([earlier["first_day"]] if base else [])])
+    first_day = first_day if data.start is None else day_number(data.start)
+    end_day = known_end_day if data.end is None else day_number(data.end)
+    from_day = first_day if base is None else max(base.since, first_day)
+    part = f"part-{from_day}-{end_day}"
+    continued = (base.states(files), base.known(files)) if base else ()
+    merges = [
+        *merge_tasks("events", part, maps, files, keep_from, *continued),
+        *merge_tasks("profiles", "profiles", maps, files),
+    ]
     merged = _run_all(run, job, merges, "merge", progress)
     twice = sorted({user for result in merged for user in result.get("twice", ())})[:5]
     if twice:
@@ -134,7 +163,13 @@ def _build(
     rejected = _check_rejects(job, mapped + merged, {"events": event_rows, "profiles": profile_rows})
 
     made = [result for result in merged if result["table"] == "events"]
-    size, active_days = sum(result["bytes"] for result in made), sum(result["active_days"] for result in made)
+    if base is not None:
+        # it may have been compacted meanwhile: its rows are the same, its files are not
+        base = replace(base, artifact=artifacts.open_artifact(base.artifact.uri))
+        earlier = base.manifest
+    parts = base.parts() if base else []
+    if any(result["row_groups"] for result in made):
+        parts.append({"path": part, "from_day": from_day, "to_day": end_day, "files": _files(made)})
     stored = [{"name": b.name, "kind": b.kind, "resolution": b.resolution} for b in data.behaviours]
     manifest = {
         "kind": "sequences" if tokenizer.columns else "timelines",
@@ -142,19 +177,26 @@ def _build(
         "tokenizer_version": tokenizer.version,
         "inputs": fingerprint,
         "log2_buckets": log2_buckets,
-        "parts": [{"path": part, "from_day": first_day, "to_day": end_day, "files": _files(made)}],
-        "profiles": _files([r for r in merged if r["table"] == "profiles"]) if profiles else None,
+        "parts": parts,
+        "profiles": _files([r for r in merged if r["table"] == "profiles"]) if profiles else earlier.get("profiles"),
         "behaviours": [*stored, *({"name": name, "kind": "event", "resolution": 1} for name in tokenizer.columns)],
         "first_day": first_day,
         "end_day": end_day,
-        "users": sum(result["rows"] for result in made),
-        "active_days": active_days,
-        "events": event_rows - rejected["events"],
-        "rows_in": event_rows + profile_rows,
-        "rows_rejected": sum(rejected.values()),
-        "bytes": size,
-        "bytes_per_active_day": round(size / active_days, 3),
+        **_counts(base, made, {"events": event_rows, "profiles": profile_rows}, rejected),
     }
+    if base is not None and base.same_profiles and earlier["profiles"] is not None:
+        manifest["profiles_of"] = earlier.get("profiles_of", base.digest)
+    if lineage is not None:
+        manifest |= {
+            "lineage": lineage,
+            "known_end_day": known_end_day,
+            "states": {
+                "files": [f"{result['file'].partition('.')[0]}.arrow" for result in made if result["state_rows"]],
+                "of_files": files,
+                "rows": sum(result["state_rows"] for result in made),
+                "active_days": sum(result["state_days"] for result in made),
+            },
+        }
     artifact = artifacts.commit(uri, manifest)
     _remove(join(uri, "_work"))
     return artifact
@@ -198,6 +240,57 @@ def prepare_calendar(
         "rows_rejected": rejects.num_rows,
     }
     return artifacts.commit(uri, manifest)
+
+
+def _base(
+    data: Data,
+    tables: RawTables,
+    uri: str,
+    lineage: str | None,
+    fingerprint: Any,
+    events: Sequence[RawFile],
+    log: Callable[[str], None],
+) -> Base | None:
+    if lineage is None:
+        return None
+    base, refused = find_base(data, tables, uri, lineage, fingerprint, events)
+    if base is not None:
+        rows = sum(file.rows for file in base.fresh)
+        log(f"continuing {base.digest}: {len(base.fresh)} new files of events, {rows:,} rows")
+    elif refused is not None:
+        log(f"full rebuild: {refused}")
+    return base
+
+
+def _counts(
+    base: Base | None, made: Sequence[Task], rows: Mapping[str, int], rejected: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the manifest counts, over the base's parts and the new one; `read`: by table, rows and rejects."""
+    users, active_days, size = (sum(result[key] for result in made) for key in ("rows", "active_days", "bytes"))
+    read = {table: [count, rejected[table]] for table, count in rows.items()}
+    counts: dict[str, Any] = {}
+    if base is not None:
+        earlier = base.manifest
+        read["events"] = [ours + theirs for ours, theirs in zip(read["events"], earlier["read"]["events"], strict=True)]
+        read["profiles"] = earlier["read"]["profiles"] if base.same_profiles else read["profiles"]
+        per_bucket = Timelines(base.artifact).bucket_users.copy()
+        for result in made:
+            for bucket, count in result["new_users"]:
+                per_bucket[bucket] += count
+        users, counts["bucket_users"] = int(per_bucket.sum()), per_bucket.tolist()
+        # the base's active days from `since` on are in the new part
+        active_days += earlier["active_days"] - earlier["states"]["active_days"]
+        size += earlier["bytes"]
+    return counts | {
+        "users": users,
+        "active_days": active_days,
+        "events": read["events"][0] - read["events"][1],
+        "rows_in": sum(count for count, _ in read.values()),
+        "rows_rejected": sum(count for _, count in read.values()),
+        "bytes": size,
+        "bytes_per_active_day": round(size / active_days, 3),
+        "read": read,
+    }
 
 
 def _files(results: Iterable[Task]) -> list[dict[str, Any]]:

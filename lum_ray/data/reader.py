@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from lum_ray import artifacts
 from lum_ray.artifacts import UserError
-from lum_ray.data.rows import Int32, Int64, Rows, Strings, UInt64, expand, hash_strings
+from lum_ray.data.history import USER, History, as_numpy, check_days, clip, decode, merge, nothing, stacked
+from lum_ray.data.rows import Int32, Int64, Rows, Strings, hash_strings
 from lum_ray.data.windows import first_days
 
-USER = ("user", "user_hash")
 NOT_PROFILE = ("bucket", "user", "user_hash", "registered", "ends", "segment")
 """Columns of a profiles file that are not the user's raw numbers and categories."""
 
@@ -49,6 +49,8 @@ class _RowGroup:
     index: int
     rows: int
     groups: int  # row groups in the file
+    from_day: int = -(1 << 31)  # days outside [from_day, to_day) are another part's
+    to_day: int = 1 << 31
 
 
 class Timelines:
@@ -72,8 +74,11 @@ class Timelines:
         self.start_day, self.end_day = int(manifest["first_day"]), int(manifest["end_day"])
         self.buckets = 1 << int(manifest["log2_buckets"])
         parts = sorted(manifest["parts"], key=lambda part: (part["from_day"], part["to_day"], part["path"]))
-        self._groups = self._by_bucket([(part["path"], part["files"]) for part in parts])
-        self._profiles = self._by_bucket([("profiles", manifest["profiles"] or [])])
+        self._groups = _by_bucket(
+            [(folder_of(self.uri, part), part["files"], (part["from_day"], part["to_day"])) for part in parts]
+        )
+        profiles = {"path": "profiles", "artifact": manifest.get("profiles_of")}
+        self._profiles = _by_bucket([(folder_of(self.uri, profiles), manifest["profiles"] or [], ())])
         self._footers: dict[str, pq.FileMetaData] = {}
 
     @classmethod
@@ -85,9 +90,11 @@ class Timelines:
     def bucket_users(self) -> Int64:
         """Distinct users of each bucket (buckets,).
 
-        From the manifest where no user can be in two parts; otherwise the users' columns of the buckets that several
-        parts hold are read once.
+        From the manifest where it has them or no user can be in two parts; otherwise the users' columns of the buckets
+        that several parts hold are read once.
         """
+        if "bucket_users" in self.manifest:
+            return np.array(self.manifest["bucket_users"], np.int64)
         counts = np.zeros(self.buckets, np.int64)
         for bucket, groups in self._groups.items():
             counts[bucket] = sum(group.rows for group in groups)
@@ -112,29 +119,37 @@ class Timelines:
         pieces: list[Rows] = []
         bytes_read = 0
         for bucket in buckets:
-            parts = [self._read(group, (*USER, "days", *names)) for group in self._groups.get(bucket, [])]
-            if not parts:
+            history, size = self._history(bucket, names)
+            if history is None:
                 continue
             profiles = [self._read(group, None) for group in self._profiles.get(bucket, [])]
-            bytes_read += sum(size for _, size in [*parts, *profiles])
-            where = f"{self.uri}, bucket {bucket}"
-            decoded = _decode(pa.concat_tables([table for table, _ in parts]), names, where)
-            history = _merge(decoded, where, self.manifest["kind"] == "sequences")
+            bytes_read += size + sum(own for _, own in profiles)
             profile = pa.concat_tables([table for table, _ in profiles]) if profiles else self._no_profiles
             pieces.append(_rows(history, profile, self.start_day, self.end_day))
         if not pieces:
-            pieces.append(_rows(_nothing(len(names)), self._no_profiles, self.start_day, self.end_day))
+            pieces.append(_rows(nothing(len(names)), self._no_profiles, self.start_day, self.end_day))
         return Rows.concat(pieces), bytes_read
 
-    def _by_bucket(self, folders: list[tuple[str, list[dict[str, Any]]]]) -> dict[int, list[_RowGroup]]:
-        found: dict[int, list[_RowGroup]] = {}
-        for folder, files in folders:
-            for file in files:
-                uri, groups = artifacts.join(self.uri, folder, file["name"]), file["row_groups"]
-                for index, group in enumerate(groups):
-                    entry = _RowGroup(uri, index, int(group["rows"]), len(groups))
-                    found.setdefault(int(group["bucket"]), []).append(entry)
-        return dict(sorted(found.items()))
+    def stored(self, bucket: int) -> pa.Table:
+        """A bucket's users as a part holds them (user, user_hash, days, one list a behaviour), over all parts."""
+        names = tuple(item.name for item in self.behaviours)
+        history, _ = self._history(bucket, names)
+        history = history or nothing(len(names))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(history.lengths)]).astype(np.int32))
+        lists = {"days": history.days} | {name: history.values[:, index] for index, name in enumerate(names)}
+        columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
+        return pa.table({"user": history.user, "user_hash": pa.array(history.user_hash), **columns})
+
+    def _history(self, bucket: int, names: Sequence[str]) -> tuple[History | None, int]:
+        """A bucket's users over all parts (None: there are none), and the bytes that were asked of the store."""
+        where, size, pieces = f"{self.uri}, bucket {bucket}", 0, []
+        for group in self._groups.get(bucket, []):
+            table, own = self._read(group, (*USER, "days", *names))
+            size += own
+            pieces.append(clip(decode(table, names, where), group.from_day, group.to_day))
+        if not any(len(piece.user) for piece in pieces):
+            return None, size
+        return merge(History.concat(pieces), where, self.manifest["kind"] == "sequences"), size
 
     def _read(self, group: _RowGroup, columns: Sequence[str] | None) -> tuple[pa.Table, int]:
         """The row group's `columns` (None: all) and the bytes that were asked for."""
@@ -210,29 +225,35 @@ def rows_from_tables(
     users = pc.unique(pa.concat_arrays(known))
     keyed = pa.table({"user": users, "user_hash": hash_strings(users.to_pylist())})
     keyed = keyed.take(pc.sort_indices(keyed, sort_keys=[(name, "ascending") for name in reversed(USER)]))
-    row = _numpy(pc.index_in(names, value_set=keyed["user"].combine_chunks()), np.int64)
-    days = _numpy(daily["day"], np.int32)
+    row = as_numpy(pc.index_in(names, value_set=keyed["user"].combine_chunks()), np.int64)
+    days = as_numpy(daily["day"], np.int32)
     order = np.lexsort((days, row))
-    history = _History(
+    history = History(
         user=keyed["user"].combine_chunks(),
-        user_hash=_numpy(keyed["user_hash"], np.uint64),
+        user_hash=as_numpy(keyed["user_hash"], np.uint64),
         lengths=np.bincount(row, minlength=len(users)).astype(np.int64),
         days=days[order],
-        values=_columns([daily[name] for name in behaviours], len(days))[order],
+        values=stacked([daily[name] for name in behaviours], len(days))[order],
     )
-    _check_days(history, "the daily table", sequences)
+    check_days(history, "the daily table", sequences)
     return _rows(history, profiles, start_day, end_day)
 
 
-@dataclass(frozen=True)
-class _History:
-    """N users' active days, before profiles join."""
+def folder_of(uri: str, part: Mapping[str, Any]) -> str:
+    """Where the files of a part of the artifact at `uri` lie: with `artifact`, in that one beside it."""
+    owner = artifacts.join(uri.rstrip("/").rsplit("/", 1)[0], part["artifact"]) if part.get("artifact") else uri
+    return artifacts.join(owner, part["path"])
 
-    user: pa.Array  # (N,) string
-    user_hash: UInt64  # (N,)
-    lengths: Int64  # (N,)
-    days: Int32  # (A,)
-    values: Int64  # (A, U)
+
+def _by_bucket(folders: Sequence[tuple[str, Sequence[Any], tuple[int, ...]]]) -> dict[int, list[_RowGroup]]:
+    found: dict[int, list[_RowGroup]] = {}
+    for folder, files, days in folders:
+        for file in files:
+            uri, groups = artifacts.join(folder, file["name"]), file["row_groups"]
+            for index, group in enumerate(groups):
+                entry = _RowGroup(uri, index, int(group["rows"]), len(groups), *days)
+                found.setdefault(int(group["bucket"]), []).append(entry)
+    return dict(sorted(found.items()))
 
 
 def _root(chunk: pq.ColumnChunkMetaData) -> str:
@@ -240,91 +261,7 @@ def _root(chunk: pq.ColumnChunkMetaData) -> str:
     return str(chunk.path_in_schema).partition(".")[0]
 
 
-def _numpy(column: pa.ChunkedArray | pa.Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """A column without nulls as numpy (bool and integers). Raises pyarrow's ArrowInvalid where a value does not fit."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return np.asarray(array.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False), dtype)
-
-
-def _columns(columns: Sequence[pa.ChunkedArray], length: int) -> Int64:
-    values = np.empty((length, len(columns)), np.int64)
-    for index, column in enumerate(columns):
-        values[:, index] = _numpy(column, np.int64)
-    return values
-
-
-def _nothing(width: int) -> _History:
-    none = np.zeros(0, np.int64)
-    return _History(
-        pa.array([], pa.string()), none.astype(np.uint64), none, none.astype(np.int32), np.zeros((0, width), np.int64)
-    )
-
-
-def _decode(table: pa.Table, behaviours: Sequence[str], where: str) -> _History:
-    """List columns as CSR. `list_flatten` and the list lengths are right for slices, unlike the raw buffers."""
-    lengths = _numpy(pc.fill_null(pc.list_value_length(table["days"]), 0), np.int64)
-    for name in behaviours:
-        theirs = _numpy(pc.fill_null(pc.list_value_length(table[name]), 0), np.int64)
-        wrong = np.flatnonzero(theirs != lengths)[:5]
-        if len(wrong):
-            raise UserError(
-                f"{where}: '{name}' must have one value per active day; expected {lengths[wrong].tolist()}, got "
-                f"{theirs[wrong].tolist()} for the users {table['user'].take(wrong).to_pylist()}; "
-                "prepare the timelines again"
-            )
-    days = _numpy(pc.list_flatten(table["days"]), np.int32)
-    return _History(
-        user=table["user"].cast(pa.string()).combine_chunks(),
-        user_hash=_numpy(table["user_hash"], np.uint64),
-        lengths=lengths,
-        days=days,
-        values=_columns([pc.list_flatten(table[name]) for name in behaviours], len(days)),
-    )
-
-
-def _merge(history: _History, where: str, repeats: bool = False) -> _History:
-    """One row per user, sorted by (hash, user); a user's rows (one a part, in the parts' order) are joined."""
-    hashes = history.user_hash
-    # hashes that ascend strictly are the common case (one part): nothing to sort, nobody twice
-    if not np.all(hashes[1:] > hashes[:-1]):
-        table = pa.table({"user": history.user, "user_hash": hashes})
-        order = _numpy(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in reversed(USER)]), np.int64)
-        users = history.user.take(order)
-        hashes, lengths = hashes[order], history.lengths[order]
-        same = (hashes[1:] == hashes[:-1]) & _numpy(pc.equal(users[1:], users[:-1]), np.bool_)
-        starts = np.flatnonzero(np.concatenate([[True], ~same]))
-        ends = np.cumsum(history.lengths)
-        _, index = expand((ends - history.lengths)[order], ends[order])
-        history = _History(
-            user=users.take(starts),
-            user_hash=hashes[starts],
-            lengths=np.add.reduceat(lengths, starts),
-            days=history.days[index],
-            values=history.values[index],
-        )
-    _check_days(history, where, repeats)
-    return history
-
-
-def _check_days(history: _History, where: str, repeats: bool) -> None:
-    """Days must ascend inside a user, because `span` searches them; strictly unless they may repeat (sequences),
-    because a day that comes twice has two values."""
-    inside = np.ones(max(len(history.days) - 1, 0), np.bool_)
-    starts = np.cumsum(history.lengths)[:-1]
-    inside[starts[(starts > 0) & (starts < len(history.days))] - 1] = False
-    step = np.diff(history.days.astype(np.int64))
-    wrong = np.flatnonzero(inside & (step < (0 if repeats else 1)))[:5] + 1
-    if len(wrong):
-        row = np.searchsorted(np.cumsum(history.lengths), wrong, side="right")
-        pairs = list(zip(history.user.take(row).to_pylist(), history.days[wrong].tolist(), strict=True))
-        raise UserError(
-            f"{where}: expected {'' if repeats else 'each (user, day) once and '}days ascending, over all parts; "
-            f"got again {pairs}; "
-            "prepare the timelines anew, or remove the repeated rows"
-        )
-
-
-def _rows(history: _History, profiles: pa.Table | None, start_day: int, end_day: int) -> Rows:
+def _rows(history: History, profiles: pa.Table | None, start_day: int, end_day: int) -> Rows:
     """Joins the users' profiles (missing users and nulls are normal) and bounds their observation."""
     count = len(history.user)
     if profiles is None:
@@ -355,7 +292,7 @@ def _or(table: pa.Table, name: str, default: Int32) -> Int32:
     """Day column `name`, with `default` (N,) where it is null or not there."""
     if name not in table.column_names:
         return default
-    return _numpy(pc.coalesce(table[name].cast(pa.int32()), pa.array(default)), np.int32)
+    return as_numpy(pc.coalesce(table[name].cast(pa.int32()), pa.array(default)), np.int32)
 
 
 def _objects(column: pa.ChunkedArray | pa.Array) -> Strings:

@@ -1,4 +1,4 @@
-"""The raw tables: their files, columns and types, what a row must be, and the table of rejected rows.
+"""The raw tables: their columns and types, what a row must be, and the table of rejected rows (`raw` has their files).
 
 Checks come in two kinds. What is wrong with a file (not parquet, cut off, a missing or mistyped column, no rows) stops
 everything with a UserError before anything starts. What is wrong with a row sends the row to the rejects, a table of
@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import difflib
 import zoneinfo
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from lum_ray.artifacts import UserError, list_files, storage
+from lum_ray.artifacts import UserError
 from lum_ray.config import Data, day_number
+from lum_ray.data.delta import DeltaTable
 from lum_ray.data.expressions import parse, plain, to_units
+from lum_ray.data.raw import NOTHING, Overlay, RawFile, RowNumbers, batches, delta_files, empty_batch, raw_files
 from lum_ray.data.times import to_day, to_instant
 
 Bool = npt.NDArray[np.bool_]
@@ -37,86 +36,13 @@ PROVENANCE = ("@id", "@file", "@row")
 """Columns that cleaned events carry besides where `events.id` is set, so that `drop_repeats` can find repeated rows."""
 
 
-@dataclass(frozen=True)
-class RawTables:
-    """Where the raw tables are: a folder of parquet files (or one file) each, local or s3://."""
-
-    events: str
-    profiles: str | None = None
-    calendar: str | None = None
-
-
-@dataclass(frozen=True)
-class RawFile:
-    """A parquet file of a raw table: its URI, its name in rejects, its size and the rows of each of its row groups."""
-
-    uri: str
-    name: str
-    bytes: int
-    row_groups: tuple[int, ...]
-    schema: pa.Schema = field(repr=False, compare=False)
-
-    @property
-    def rows(self) -> int:
-        return sum(self.row_groups)
-
-
-def raw_files(uri: str, table: str) -> list[RawFile]:
-    """The parquet files of a raw table, by name, every footer read. `table` is `events`, `profiles` or `calendar`.
-
-    Raises UserError for no files, a file that is no parquet or is cut off, and a table without rows.
-    """
-    uris = list_files(uri, ".parquet")
-    if not uris:
-        there = [name.rsplit("/", 1)[-1] for name in list_files(uri)][:5]
-        raise UserError(f"data.{table}.path: {uri}: expected *.parquet files, found {there or 'an empty folder'}")
-    with ThreadPoolExecutor(16) as pool:
-        files = list(pool.map(lambda name: _footer(name, uri, table), uris))
-    if not any(file.rows for file in files):
-        raise UserError(
-            f"data.{table}.path: {uri}: expected rows, but the {len(files)} file(s) hold none; "
-            + (
-                "check the export"
-                if table == "events"
-                else f"check the export, or remove `data.{table}` from the run file"
-            )
-        )
-    return files
-
-
-def _footer(uri: str, root: str, table: str) -> RawFile:
-    file = open_parquet(uri)
-    metadata = file.metadata
-    groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
-    below = uri[len(root.rstrip("/")) + 1 :] or uri.rsplit("/", 1)[-1]
-    place = storage(uri)
-    size = place.filesystem.get_file_info(place.path).size
-    return RawFile(uri, f"{table}/{below}", int(size or 0), groups, file.schema_arrow)
-
-
-def open_parquet(uri: str) -> pq.ParquetFile:
-    """The parquet file at `uri`. Raises UserError naming the file where it is none, is cut off or is missing."""
-    place = storage(uri)
-    try:
-        return pq.ParquetFile(place.filesystem.open_input_file(place.path), pre_buffer=not place.is_local)
-    except FileNotFoundError:
-        raise UserError(f"{uri}: expected a parquet file, found nothing; was it moved while the job ran?") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise unreadable(uri, error) from None
-
-
-def unreadable(uri: str, error: Exception) -> UserError:
-    """What to say of a file whose content cannot be read."""
-    return UserError(
-        f"{uri}: expected a complete parquet file, cannot read it ({' '.join(str(error).split())[:200]}); "
-        "it is another format, was cut off or is damaged: write it again, or move it out of the folder"
-    )
-
-
-def check_events(uri: str, data: Data) -> list[RawFile]:
+def check_events(
+    uri: str, data: Data, log: Callable[[str], None] | None = None, added: DeltaTable | None = None
+) -> list[RawFile]:
     """The event files, after checking the behaviours and the columns and types of every file.
 
-    Raises UserError naming the file, the column, what was expected and how to mend it.
+    Of a Delta table, files that hold no day of [data.start, data.end) are left out; `log` hears how many. `added` takes
+    its files in place of all. Raises UserError naming the file, the column, what was expected and how to mend it.
     """
     check_zone(data.time_zone)
     for item in data.behaviours:
@@ -135,8 +61,22 @@ def check_events(uri: str, data: Data) -> list[RawFile]:
                 f"data.behaviours.{item.name}.resolution: {aggregate} is whole, so expected 1 (the default), "
                 f"got {item.resolution}"
             )
-    files = raw_files(uri, "events")
+    pruned = _Pruned(data)
+    prune = (data.events.time, pruned.keep)
+    files = raw_files(uri, "events", prune) if added is None else delta_files(added, "events", prune)
+    if pruned.left_out and log is not None:
+        log(f"events: {pruned.left_out} of {pruned.seen} files hold no day from data.start to data.end: not read")
+    if not files and added is None:
+        raise UserError(
+            f"data.events.path: {uri}: none of its {pruned.seen} files holds a day of data.start, {data.start}, to "
+            f"data.end, {data.end}; mend these"
+        )
+    checked: list[pa.Schema] = []
     for file in files:
+        # a table has many files, and few kinds of them
+        if any(file.schema.equals(schema) for schema in checked):
+            continue
+        checked.append(file.schema)
         columns = {"user": data.events.user, "time": data.events.time} | (
             {"id": data.events.id} if data.events.id else {}
         )
@@ -152,6 +92,25 @@ def check_events(uri: str, data: Data) -> list[RawFile]:
             except UserError as error:
                 raise UserError(f"data.behaviours.{item.name}: {error}; in {file.uri}") from None
     return files
+
+
+class _Pruned:
+    """Which files of a Delta table can hold a day of [data.start, data.end), by the bounds of their times."""
+
+    def __init__(self, data: Data) -> None:
+        self.data, self.seen, self.left_out = data, 0, 0
+
+    def keep(self, bounds: pa.Array) -> bool:
+        self.seen += 1
+        least, greatest = pa.chunked_array([bounds.slice(0, 1)]), pa.chunked_array([bounds.slice(1, 1)])
+        if pa.types.is_timestamp(bounds.type):
+            # the log cuts times off at milliseconds
+            greatest = pc.add(greatest, pa.scalar(1000, pa.duration("us")))
+        days = [to_day(end, self.data.time_zone)[0].as_py() for end in (least, greatest)]
+        early = self.data.start is not None and days[1] is not None and days[1] < day_number(self.data.start)
+        late = self.data.end is not None and days[0] is not None and days[0] >= day_number(self.data.end)
+        self.left_out += early or late
+        return not (early or late)
 
 
 def item_column(data: Data) -> str | None:
@@ -209,8 +168,8 @@ def wrong_type(file: RawFile, column: str, expected: str, mend: str) -> UserErro
 class Rejected:
     """Collects for each row of a block the first reason against it."""
 
-    def __init__(self, file: str, first_row: int, rows: int) -> None:
-        self.file, self.first_row = file, first_row
+    def __init__(self, file: str, rows_of: RowNumbers, rows: int) -> None:
+        self.file, self.numbers = file, row_numbers(rows_of, rows)
         self.bad = np.zeros(rows, np.bool_)
         self._rows: list[npt.NDArray[np.int64]] = []
         self._reasons: list[pa.Array] = []
@@ -236,7 +195,12 @@ class Rejected:
         order = np.argsort(rows)
         reasons = pa.concat_arrays(self._reasons).take(pa.array(order))
         file = pa.repeat(pa.scalar(self.file), len(rows))
-        return pa.table([file, pa.array(rows[order] + self.first_row, pa.int64()), reasons], schema=REJECTS)
+        return pa.table([file, pa.array(self.numbers[rows[order]], pa.int64()), reasons], schema=REJECTS)
+
+
+def row_numbers(rows_of: RowNumbers, count: int) -> npt.NDArray[np.int64]:
+    """The row in its file of each of `count` rows."""
+    return np.arange(rows_of, rows_of + count) if isinstance(rows_of, int) else rows_of
 
 
 def mask(values: Any) -> Bool:
@@ -246,13 +210,16 @@ def mask(values: Any) -> Bool:
     return np.asarray(array.to_numpy(zero_copy_only=False), np.bool_)
 
 
-def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: int = 0) -> tuple[pa.Table, pa.Table]:
+def clean_events(
+    table: pa.Table, data: Data, file: str = "events", first_row: RowNumbers = 0, since: int | None = None
+) -> tuple[pa.Table, pa.Table]:
     """Events (N rows, as they are in a file or a request) for the tokenizer, and the rejects (file, row, reason).
 
     Returns (user string, day int32, the columns that the behaviours use; without behaviours but with `events.item`:
     item string, time_us and offset_min, see `to_instant`; with `events.id` also PROVENANCE, see `drop_repeats`).
     Rejected: a null user, a null time, a NaN or infinite number, a value finer than its behaviour's resolution or too
-    large, a day outside [data.start, data.end), a null item, a null id.
+    large, a day outside [data.start, data.end), a null item, a null id; and where the days before `since +
+    data.late_days` are known already, a day before `since`.
     Raises UserError for missing or mistyped columns.
     """
     require_in = RawFile(file, file, 0, (table.num_rows,), table.schema)
@@ -271,6 +238,11 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
         rejected.add(
             mask(pc.greater_equal(day, day_number(data.end))), f"{{}} is not before data.end, {data.end}", time
         )
+
+    if since is not None:
+        older = pa.chunked_array([pc.subtract(since + data.late_days, pc.cast(day, pa.int64()))])
+        limit = f"more than data.late_days = {data.late_days}"
+        rejected.add(mask(pc.less(day, since)), f"comes {{}} days before the end of what was known, {limit}", older)
 
     used: dict[str, pa.ChunkedArray] = {}
     aggregates = [(item, parse(item.aggregate)) for item in data.behaviours]
@@ -304,7 +276,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
         require(require_in, {"data.events.id": data.events.id})
         identity = pc.cast(_plain(table, data.events.id, file), pa.string())
         rejected.add(mask(pc.is_null(identity)), f"`{data.events.id}` is null")
-        rows = pa.array(np.arange(first_row, first_row + table.num_rows))
+        rows = pa.array(row_numbers(first_row, table.num_rows))
         for name, column in zip(PROVENANCE, (identity, pa.repeat(pa.scalar(file), table.num_rows), rows), strict=True):
             events = events.append_column(name, column)
     return (events.filter(pa.array(~rejected.bad)) if rejected.bad.any() else events), rejected.table()
@@ -318,6 +290,8 @@ def read_events(
     first_row: int = 0,
     batch_rows: int = 1 << 19,
     each: Callable[[pa.Table], pa.Table] = lambda events: events,
+    overlay: Overlay = NOTHING,
+    since: int | None = None,
 ) -> tuple[pa.Table, pa.Table]:
     """The cleaned events and the rejects of a file, or of some of its row groups (the first starting at `first_row`).
 
@@ -326,12 +300,12 @@ def read_events(
     """
     columns = _event_columns(data)
     events, rejects = [], []
-    for batch, row in batches(uri, columns, row_groups, first_row, batch_rows):
-        cleaned, bad = clean_events(batch, data, name or uri.rsplit("/", 1)[-1], row)
+    for batch, row in batches(uri, columns, row_groups, first_row, batch_rows, overlay):
+        cleaned, bad = clean_events(batch, data, name or uri.rsplit("/", 1)[-1], row, since)
         events.append(each(cleaned))
         rejects.append(bad)
     if not events:
-        empty = open_parquet(uri).schema_arrow.empty_table()
+        empty = empty_batch(uri, columns, overlay)
         events.append(each(clean_events(empty, data)[0]))
     return pa.concat_tables(events, promote_options="permissive"), pa.concat_tables([REJECTS.empty_table(), *rejects])
 
@@ -342,23 +316,8 @@ def _event_columns(data: Data) -> list[str]:
     return sorted(names | {data.events.user, data.events.time} | maybe)
 
 
-def batches(
-    uri: str, columns: Sequence[str], row_groups: Sequence[int] | None, first_row: int, batch_rows: int
-) -> Iterator[tuple[pa.Table, int]]:
-    """Yield (table, its first row in the file) of a file's row groups, at most `batch_rows` at a time."""
-    file = open_parquet(uri)
-    groups = list(range(file.metadata.num_row_groups)) if row_groups is None else list(row_groups)
-    row = first_row
-    try:
-        for batch in file.iter_batches(batch_rows, row_groups=groups, columns=list(columns), use_threads=False):
-            yield pa.Table.from_batches([batch]), row
-            row += batch.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise unreadable(uri, error) from None
-
-
 def drop_repeats(events: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Events with PROVENANCE -> the first (by file, row) of each (user, id) without it, and the rejected rest."""
+    """Events with PROVENANCE -> the first (by file, row) of each (user, id), sorted by these, and the rejected rest."""
     keys = ["user", *PROVENANCE]
     events = events.take(pc.sort_indices(events, sort_keys=[(name, "ascending") for name in keys])).combine_chunks()
     again = np.zeros(events.num_rows, np.bool_)
@@ -368,7 +327,7 @@ def drop_repeats(events: pa.Table) -> tuple[pa.Table, pa.Table]:
     bad = events.filter(pa.array(again))
     reason = pc.binary_join_element_wise("repeats the id ", bad["@id"], " of user ", bad["user"], "")
     rejects = pa.table([bad["@file"], bad["@row"], reason], schema=REJECTS)
-    return events.filter(pa.array(~again)).drop_columns(list(PROVENANCE)), rejects
+    return events.filter(pa.array(~again)), rejects
 
 
 def _plain(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:

@@ -10,22 +10,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from lum_ray import artifacts
-from lum_ray.artifacts import UserError, join
+from lum_ray.artifacts import UserError, join, storage
 from lum_ray.config import Data
 from lum_ray.data import buckets
 from lum_ray.data.context import clean_profiles, repeated_users
-from lum_ray.data.schema import REJECTS, RawFile, batches, drop_repeats, read_events
+from lum_ray.data.raw import RawFile, batches, from_json, to_json
+from lum_ray.data.schema import PROVENANCE, REJECTS, drop_repeats, read_events
 
 Task = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer: `partial(events, behaviours)` and `merge(partials, behaviours)`, see `lumos.timelines`.
+    """A model's tokenizer: `partial(events, behaviours)`, `merge(partials, behaviours)`, and `combine`, which makes one
+    table of states of several; see `lumos.timelines`. Without `combine` an artifact is no base for increments.
 
     `columns`: what `merge` gives besides user and day where it keeps events one by one (`gts.sequences`); the artifact
     is then of the kind `sequences`.
@@ -35,11 +39,15 @@ class Tokenizer:
     merge: Callable[[Sequence[pa.Table], Sequence[Any]], pa.Table]
     version: int
     columns: tuple[str, ...] = ()
+    combine: Callable[[Sequence[pa.Table], Sequence[Any]], pa.Table] | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of an artifact needs; it travels to the workers."""
+    """What every task of an artifact needs; it travels to the workers.
+
+    `since`: the first day that an increment takes events of; None: every day.
+    """
 
     data: Data
     tokenizer: Tokenizer
@@ -47,10 +55,11 @@ class Job:
     work: str
     log2_buckets: int
     files: int
+    since: int | None = None
 
 
 def map_tasks(table: str, files: Sequence[RawFile], block_rows: int) -> list[Task]:
-    """Blocks of row groups with about `block_rows` rows; a piece is [uri, name, row groups, row of the first]."""
+    """Blocks of about `block_rows` rows; a piece is [uri, name, row groups, row of the first, overlay]."""
     blocks: list[list[list[Any]]] = []
     filled = 0
     for file in files:
@@ -62,7 +71,7 @@ def map_tasks(table: str, files: Sequence[RawFile], block_rows: int) -> list[Tas
             if blocks[-1] and blocks[-1][-1][0] == file.uri:
                 blocks[-1][-1][2].append(group)
             else:
-                blocks[-1].append([file.uri, file.name, [group], row])
+                blocks[-1].append([file.uri, file.name, [group], row, to_json(file.overlay)])
             filled += count
             row += count
     return [
@@ -71,7 +80,20 @@ def map_tasks(table: str, files: Sequence[RawFile], block_rows: int) -> list[Tas
     ]
 
 
-def merge_tasks(table: str, folder: str, maps: Sequence[Task], files: int) -> list[Task]:
+def merge_tasks(
+    table: str,
+    folder: str,
+    maps: Sequence[Task],
+    files: int,
+    keep_from: int | None = None,
+    states: Sequence[Sequence[Any]] = (),
+    known: Sequence[Sequence[Any]] | None = None,
+) -> list[Task]:
+    """One task a final file. `keep_from`: the first day whose states are kept for the next increment (None: none).
+
+    Of an increment, for each final file: `states`, where its base's are, as [uri, whether all are of this file], and
+    `known`, where the base has users of these buckets, as [uri, row groups].
+    """
     sources = [f"{task['name']}.arrow" for task in maps if task["table"] == table]
     return [
         {
@@ -82,8 +104,11 @@ def merge_tasks(table: str, folder: str, maps: Sequence[Task], files: int) -> li
             "sources": sources,
             "folder": folder,
             "file": f"{index:04d}.parquet",
+            "keep_from": keep_from,
+            "states": states[index] if states else [],
+            "known": None if known is None else known[index],
         }
-        for index in range(files if sources else 0)
+        for index in range(files if sources or states else 0)
     ]
 
 
@@ -110,15 +135,23 @@ def run_task(job: Job, task: Task) -> Task:
 
 def _map(job: Job, task: Task) -> tuple[Task, pa.Table]:
     cleaned, rejects = [], []
-    for uri, name, groups, first_row in task["pieces"]:
+    for uri, name, groups, first_row, plain in task["pieces"]:
+        overlay = from_json(plain)
         if task["table"] == "events":
             table, bad = read_events(
-                uri, job.data, name, groups, first_row, each=lambda events: _aggregated(job, events)
+                uri,
+                job.data,
+                name,
+                groups,
+                first_row,
+                each=lambda events: _aggregated(job, events),
+                overlay=overlay,
+                since=job.since,
             )
             cleaned.append(table)
             rejects.append(bad)
         else:
-            for batch, row in batches(uri, _profile_columns(job.data), groups, first_row, buckets.FILE_ROWS):
+            for batch, row in batches(uri, _profile_columns(job.data), groups, first_row, buckets.FILE_ROWS, overlay):
                 table, bad = clean_profiles(batch, job.data, name, row)
                 cleaned.append(table)
                 rejects.append(bad)
@@ -143,9 +176,13 @@ def _profile_columns(data: Data) -> list[str]:
 
 
 def _merge(job: Job, task: Task) -> tuple[Task, pa.Table]:
-    table = buckets.gather([join(job.work, name) for name in task["sources"]], task["index"])
+    pieces = [buckets.gather_states(task["states"], task["index"], job.log2_buckets, job.files)]
+    if task["sources"]:
+        pieces.append(buckets.gather([join(job.work, name) for name in task["sources"]], task["index"]))
+    table = pa.concat_tables(pieces, promote_options="permissive").combine_chunks()
     rejects = REJECTS.empty_table()
     made: Task = {"file": task["file"], "row_groups": [], "rows": 0, "active_days": 0, "bytes": 0}
+    made |= {"state_rows": 0, "state_days": 0, "new_users": []}
     if table.num_rows == 0:
         return made, rejects
     if task["table"] == "profiles":
@@ -154,12 +191,42 @@ def _merge(job: Job, task: Task) -> tuple[Task, pa.Table]:
             return made | {"twice": twice}, rejects
         laid_out = buckets.bucketed(table, job.log2_buckets)
     else:
+        kept = table
         if job.data.events.id is not None:
-            table, rejects = drop_repeats(table)
-            table = job.tokenizer.partial(table, job.data.behaviours)
+            kept, rejects = drop_repeats(table)
+            table = job.tokenizer.partial(kept.drop_columns(list(PROVENANCE)), job.data.behaviours)
         daily = job.tokenizer.merge([table], job.data.behaviours)
         made["active_days"] = daily.num_rows
+        if task["keep_from"] is not None:
+            made |= _keep_states(job, task, kept, daily)
         laid_out = buckets.timelines_of(daily, job.log2_buckets)
+        made["new_users"] = [] if task["known"] is None else _new_users(laid_out, task["known"])
     made["row_groups"], made["bytes"] = buckets.write_buckets(join(job.uri, task["folder"], task["file"]), laid_out)
     made["rows"] = laid_out.num_rows
     return made, rejects
+
+
+def _keep_states(job: Job, task: Task, kept: pa.Table, daily: pa.Table) -> Task:
+    """Write what the next increment merges with late events: the states, or with `events.id` the events, of the days
+    from `keep_from` on."""
+    assert job.tokenizer.combine is not None
+    states = kept.filter(pc.greater_equal(kept["day"], task["keep_from"]))
+    if states.num_rows and job.data.events.id is None:
+        states = job.tokenizer.combine([states], job.data.behaviours)
+    if states.num_rows:
+        buckets.write_states(join(job.uri, "states", f"{task['index']:04d}.arrow"), states)
+    days = pc.sum(pc.greater_equal(daily["day"], task["keep_from"])).as_py()
+    return {"state_rows": states.num_rows, "state_days": int(days or 0)}
+
+
+def _new_users(laid_out: pa.Table, known: Sequence[Any]) -> list[list[int]]:
+    """[bucket, how many of its users the base does not have] of a final file."""
+    names = [pa.chunked_array([], pa.string())]
+    for uri, groups in known:
+        place = storage(uri)
+        with place.filesystem.open_input_file(place.path) as stream:
+            names.append(pq.ParquetFile(stream, pre_buffer=True).read_row_groups(groups, columns=["user"])["user"])
+    chunks = [chunk for name in names for chunk in name.chunks]
+    there = pc.is_in(laid_out["user"], value_set=pa.chunked_array(chunks, pa.string()))
+    found, counts = np.unique(laid_out["bucket"].filter(pc.invert(there)).to_numpy(), return_counts=True)
+    return [[bucket, count] for bucket, count in zip(found.tolist(), counts.tolist(), strict=True)]

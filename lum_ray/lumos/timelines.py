@@ -77,6 +77,24 @@ def partial(events: pa.Table, behaviours: Sequence[Behaviour]) -> pa.Table:
     return pa.table(columns)
 
 
+def combine(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.Table:
+    """Several tables of states (at least one) as one, in the form of `partial`, whatever their number and order."""
+    table = pa.concat_tables(partials, promote_options="permissive").combine_chunks()
+    groups = _Groups.of(table)
+    columns: dict[str, pa.Array] = {"user": groups.user, "day": groups.day}
+    for behaviour in behaviours:
+        for column, operation in _states(behaviour.name, parse(behaviour.aggregate)):
+            state = table[column].combine_chunks()
+            if operation == "distinct":
+                rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
+                columns[column] = groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False))
+            else:
+                present = state.is_valid().to_numpy(zero_copy_only=False)
+                values = pc.fill_null(state, 0).to_numpy(zero_copy_only=False)
+                columns[column] = groups.reduce(operation, values, present)
+    return pa.table(columns)
+
+
 def merge(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.Table:
     """The daily table of the events behind `partials`, the same whatever their number and order."""
     if not partials:
@@ -213,15 +231,19 @@ class _Groups:
     def reduce(self, operation: Operation, values: Int64, present: Bool) -> pa.Array:
         """One value a group, null where none of its rows is `present`; for `distinct` the sorted list of its values."""
         if operation == "distinct":
-            group, distinct = self._distinct(np.flatnonzero(present), values[present])
-            offsets = np.searchsorted(group, np.arange(len(self.starts) + 1)).astype(np.int32)
-            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(distinct, pa.int64()))
+            return self.distinct(np.flatnonzero(present), values[present])
         if not len(self.starts):
             return pa.array([], pa.int64())
         ufunc, neutral = _REDUCE[operation]
         reduced = ufunc.reduceat(np.where(present, values, neutral)[self.order], self.starts)
         some = np.logical_or.reduceat(present[self.order], self.starts)
         return pa.array(reduced, pa.int64(), mask=~some)
+
+    def distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> pa.Array:
+        """The sorted list of distinct `values` (V,), given with the row each comes from, of every group (G,)."""
+        group, distinct = self._distinct(rows, values)
+        offsets = np.searchsorted(group, np.arange(len(self.starts) + 1)).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(distinct, pa.int64()))
 
     def count_distinct(self, rows: Int64, values: Int64) -> Int64:
         """The number of distinct `values` (V,), given with the row each comes from, of every group (G,)."""

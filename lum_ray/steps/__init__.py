@@ -1,7 +1,8 @@
 """One function per arrow of the data flow: prepare, train, evaluate, predict, publish.
 
-Each finds what is there already and builds what is missing, so that any of them can be called first. Where the models
-differ, the run's `model` says whose step it is: `steps/<verb>.py` are LUMOS's, `steps/gts_<verb>.py` GTS-LUM's.
+Each finds what is there already and builds what is missing, so that any of them can be called first. Each pins the
+versions of Delta tables at once, so that all that it does reads the same rows, and the checkpoint names them. Where the
+models differ, the run's `model` says whose step it is: `steps/<verb>.py` are LUMOS's, `steps/gts_<verb>.py` GTS-LUM's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from lum_ray.config import Run
+from lum_ray.data import compact as _compact
 from lum_ray.steps import evaluate as _evaluate
 from lum_ray.steps import gts_evaluate as _gts_evaluate
 from lum_ray.steps import gts_predict as _gts_predict
@@ -17,14 +19,23 @@ from lum_ray.steps import gts_train as _gts_train
 from lum_ray.steps import predict as _predict
 from lum_ray.steps import prepare as _prepare
 from lum_ray.steps import train as _train
-from lum_ray.steps.prepare import Log, silent
+from lum_ray.steps.prepare import Log, pinned, prepare_timelines, silent
 
-__all__ = ["describe", "evaluate", "open_predictor", "predict", "prepare", "publish", "train"]
+__all__ = ["compact", "describe", "evaluate", "open_predictor", "predict", "prepare", "publish", "train"]
 
 
 def prepare(run: Run, log: Log = silent) -> Any:
     """Find or build what the run's model reads: `Prepared` of LUMOS, `GtsPrepared` of GTS-LUM."""
+    run = pinned(run, log)
     return _gts_prepare.prepare_gts(run, log) if run.model == "gts" else _prepare.prepare(run, log)
+
+
+def compact(run: Run, log: Log = silent) -> str:
+    """Merge all parts of the run's newest timelines or sequences into one (they are prepared first), and return their
+    URI; see `data.compact`."""
+    run = pinned(run, log)
+    artifact = _gts_prepare.prepare_sequences(run, log)[1] if run.model == "gts" else prepare_timelines(run, log)
+    return _compact.compact(artifact.uri, log).uri
 
 
 def describe(run: Run, prepared: Any) -> dict[str, Any]:
@@ -34,11 +45,12 @@ def describe(run: Run, prepared: Any) -> dict[str, Any]:
 
 def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
     """Train a run, or go on where it was stopped, and return the checkpoint's URI."""
-    return (_gts_train.train_gts if run.model == "gts" else _train.train)(run, log, fresh)
+    return (_gts_train.train_gts if run.model == "gts" else _train.train)(pinned(run, log), log, fresh)
 
 
 def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Any:
     """Score the model beside the baselines on the test cuts; has `uri` (the report's folder) and `table`."""
+    run = pinned(run, log)
     if run.model == "gts":
         return _gts_evaluate.evaluate_gts(run, log, max_users)
     return _evaluate.evaluate(run, log, max_users)
@@ -46,14 +58,15 @@ def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Any:
 
 def predict(run: Run, *args: Any, **keywords: Any) -> str:
     """Predict for every user into files: coming days (see `steps.predict`), or lists of items (`steps.gts_predict`)."""
-    return (_gts_predict.predict_gts if run.model == "gts" else _predict.predict)(run, *args, **keywords)
+    return (_gts_predict.predict_gts if run.model == "gts" else _predict.predict)(pinned(run), *args, **keywords)
 
 
 def publish(run: Run, log: Log = silent) -> str:
     """Write the snapshot of histories that a server looks users up in; see `steps.predict`."""
-    return (_gts_predict.publish_gts if run.model == "gts" else _predict.publish)(run, log)
+    return (_gts_predict.publish_gts if run.model == "gts" else _predict.publish)(pinned(run, log), log)
 
 
 def open_predictor(run: Run, *args: Any, **keywords: Any) -> Any:
     """The run's predictor with its published histories: `lumos.predictor.Predictor` or `gts.predictor.Predictor`."""
+    run = pinned(run)
     return (_gts_predict.open_predictor_gts if run.model == "gts" else _predict.open_predictor)(run, *args, **keywords)

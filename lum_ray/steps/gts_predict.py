@@ -16,9 +16,9 @@ import torch
 from lum_ray import config, weights
 from lum_ray.artifacts import UserError, commit, digest, find, join, list_files, storage, write_table
 from lum_ray.config import Run
+from lum_ray.data.raw import open_parquet
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.schema import open_parquet
 from lum_ray.data.state import State
 from lum_ray.evaluation.ranking_files import RANKING_SCHEMA, ranking_table, write_rankings
 from lum_ray.gts.inference import best, rerank, scores_by, user_embeddings, without_seen

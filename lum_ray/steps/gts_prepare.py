@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,8 +42,7 @@ from lum_ray.gts.fitting import Statistics, fit_inputs, fit_profiles, fit_tree, 
 from lum_ray.gts.semantic_ids import Tree, build_tree
 from lum_ray.gts.tables import FittedTable
 from lum_ray.gts.tree_quality import quality
-from lum_ray.steps.prepare import Log, cut_plan, fit_until, raw_items, raw_tables, silent
-from lum_ray.steps.session import start_ray
+from lum_ray.steps.prepare import Log, columns_of, cut_plan, find_or_build, fit_until, raw_items, raw_tables, silent
 
 FITTED_VERSION = 4
 HOLIDAYS_AHEAD_DAYS = 366
@@ -136,7 +135,7 @@ def graph_edges(
 def _items(run: Run, uri: str, print_of: Any, log: Log) -> Artifact:
     """The catalogue and its texts' embeddings; they know nothing of time."""
     assert run.data.items is not None
-    shape = replace(run.data.items, path=None)
+    shape = columns_of(run.data.items)
     name = digest("items", shape, print_of, run.section.text_encoder, run.data.max_reject_share)
     place = join(run.root, "items", name)
     if (there := find(place)) is not None:
@@ -155,23 +154,21 @@ def _items(run: Run, uri: str, print_of: Any, log: Log) -> Artifact:
 
 def _sequences(run: Run, tables: Any, prints: Any, catalogue: Catalogue, log: Log) -> Artifact:
     data = run.data
-    files = check_events(tables.events, replace(data, behaviours=()))
-    made_by = data_prepare.Tokenizer(tokenizer.partial, tokenizer.merge, tokenizer.TOKENIZER_VERSION, tokenizer.COLUMNS)
+    files = check_events(tables.events, replace(data, behaviours=()), log)
+    made_by = data_prepare.Tokenizer(
+        tokenizer.partial, tokenizer.merge, tokenizer.TOKENIZER_VERSION, tokenizer.COLUMNS, tokenizer.merge
+    )
     shape = [data.events.user, data.events.time, data.events.id, data.events.item, data.time_zone, data.start, data.end]
-    profiles = replace(data.profiles, path=None) if data.profiles else None
-    name = digest("sequences", made_by.version, shape, profiles, prints.events, prints.profiles)
-    uri = join(run.root, "sequences", name)
-    if find(uri) is None:
-        log(f"preparing sequences ({sum(file.rows for file in files):,} events, engine {data.engine})")
+
+    def report() -> None:
         missing = unknown_items(files, replace(data, behaviours=()), catalogue)
         if missing.events:
             log(
                 f"{missing.events:,} events ({missing.share:.1%}) are of items that the catalogue does not have, such "
                 f"as {', '.join(missing.items)}: no model reads them"
             )
-        if data.engine == "ray":
-            start_ray()
-    return data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, asdict(prints))
+
+    return find_or_build(run, "sequences", made_by, shape, tables, prints, files, log, report)
 
 
 def _training_rows(run: Run, timelines: Timelines) -> Iterator[Rows]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -25,15 +25,18 @@ from lum_ray.artifacts import (
     write_bytes,
 )
 from lum_ray.config import Run, Subset, day_number
+from lum_ray.data import delta
 from lum_ray.data import prepare as data_prepare
 from lum_ray.data.adapters import VERSIONS, write_source
+from lum_ray.data.raw import RawFile, RawTables
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.schema import RawTables, check_events
+from lum_ray.data.schema import check_events
 from lum_ray.data.windows import CutPlan, DerivedTarget, HorizonTarget
 from lum_ray.lumos import timelines as tokenizer
 from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.fitting import fit_inputs, with_starts
+from lum_ray.run import LATE_DAYS, Table
 from lum_ray.steps.session import start_ray
 
 Log = Callable[[str], None]
@@ -78,12 +81,42 @@ class Prints:
     calendar: Any
 
 
+TABLES = ("events", "profiles", "calendar", "items")
+
+
+def pinned(run: Run, log: Log = silent) -> Run:
+    """The run with the version of every Delta table that it reads written down: what all its steps read."""
+    found: dict[str, Any] = {}
+    for name in TABLES:
+        table = getattr(run.data, name)
+        if table is None or table.path is None:
+            continue
+        version = delta.pin(table.path, table.version, table.timestamp, f"data.{name}")
+        if version is not None and (table.version, table.timestamp) != (version, None):
+            log(f"{name}: version {version} of {table.path}")
+            path, _ = delta.split(table.path)
+            found[name] = replace(table, path=path, version=version, timestamp=None)
+    return replace(run, data=replace(run.data, **found)) if found else run
+
+
+def _place(table: Table | None) -> str | None:
+    """Where a table's rows are, its version with it."""
+    if table is None or table.path is None or table.version is None:
+        return table.path if table else None
+    return f"{table.path}@v{table.version}"
+
+
+def _print_of(uri: str) -> Any:
+    return delta.table_print(uri) if delta.is_table(uri) else fingerprint(uri)
+
+
 def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
     """Where the raw tables are, and their fingerprints. A run with a `source` gets them from its adapter, once."""
+    run = pinned(run, log)
     data, source = run.data, run.data.source
-    own = [table.path if table else None for table in (data.events, data.profiles, data.calendar)]
+    own = [_place(table) for table in (data.events, data.profiles, data.calendar)]
     made: list[str | None] = [None, None, None]
-    print_of: list[Any] = [fingerprint(path) if path else None for path in own]
+    print_of: list[Any] = [_print_of(path) if path else None for path in own]
     if source is None:
         if own[0] is None:
             raise UserError("data.events.path: missing; give the folder of the event files, or a `data.source`")
@@ -117,9 +150,10 @@ def _written(run: Run, log: Log) -> tuple[str, str]:
 
 def raw_items(run: Run, log: Log = silent) -> tuple[str, Any]:
     """Where the items table is, and its fingerprint."""
-    assert run.data.items is not None
-    if run.data.items.path:
-        return run.data.items.path, fingerprint(run.data.items.path)
+    run = pinned(run, log)
+    place = _place(run.data.items)
+    if place is not None:
+        return place, _print_of(place)
     if run.data.source is None:
         raise UserError("data.items.path: missing; give the folder of the items table, or a `data.source`")
     uri, name = _written(run, log)
@@ -133,19 +167,8 @@ def prepare(run: Run, log: Log = silent) -> Prepared:
     """
     data, section = run.data, run.section
     tables, prints = raw_tables(run, log)
-    files = check_events(tables.events, data)
+    timelines, files = _timelines(run, tables, prints, log)
     columns = {name: str(files[0].schema.field(name).type) for name in tokenizer.columns_used(data.behaviours)}
-    values = [(item.name, item.kind, item.aggregate, item.resolution) for item in data.behaviours]
-    shape = [values, data.events.user, data.events.time, data.events.id, data.time_zone, data.start, data.end]
-    made_by = data_prepare.Tokenizer(tokenizer.partial, tokenizer.merge, tokenizer.TOKENIZER_VERSION)
-    profiles = replace(data.profiles, path=None) if data.profiles else None
-    name = digest("timelines", made_by.version, shape, profiles, prints.events, prints.profiles)
-    uri = join(run.root, "timelines", name)
-    if find(uri) is None:
-        log(f"preparing timelines ({sum(file.rows for file in files):,} events, engine {data.engine})")
-        if data.engine == "ray":
-            start_ray()
-    timelines = data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, asdict(prints))
     first_day, end_day = int(timelines.manifest["first_day"]), int(timelines.manifest["end_day"])
 
     holidays = data.calendar.holidays if data.calendar else None
@@ -166,6 +189,60 @@ def prepare(run: Run, log: Log = silent) -> Prepared:
         write_bytes(join(uri, "inputs.json"), inputs.to_json().encode())
         fitted = commit(uri, {"kind": "fitted", "digest": name, "until_day": until, "file": "inputs.json"})
     return Prepared(timelines, calendar, fitted, columns)
+
+
+def prepare_timelines(run: Run, log: Log = silent) -> Artifact:
+    """Find or build the timelines of a run alone. What is there already of an earlier state of the tables is continued
+    (see `data.increments`). Raises UserError for whatever is wrong with the run or its tables.
+    """
+    return _timelines(run, *raw_tables(run, log), log)[0]
+
+
+def _timelines(run: Run, tables: RawTables, prints: Prints, log: Log) -> tuple[Artifact, list[RawFile]]:
+    data = run.data
+    files = check_events(tables.events, data, log)
+    values = [(item.name, item.kind, item.aggregate, item.resolution) for item in data.behaviours]
+    shape = [values, data.events.user, data.events.time, data.events.id, data.time_zone, data.start, data.end]
+    made_by = data_prepare.Tokenizer(
+        tokenizer.partial, tokenizer.merge, tokenizer.TOKENIZER_VERSION, combine=tokenizer.combine
+    )
+    return find_or_build(run, "timelines", made_by, shape, tables, prints, files, log), files
+
+
+def find_or_build(
+    run: Run,
+    kind: str,
+    made_by: data_prepare.Tokenizer,
+    shape: list[Any],
+    tables: RawTables,
+    prints: Prints,
+    files: Sequence[RawFile],
+    log: Log,
+    before: Callable[[], None] = lambda: None,
+) -> Artifact:
+    """The timelines or sequences of the tables, by what shapes them. `before` is called before they are built."""
+    data = run.data
+    profiles = columns_of(data.profiles) if data.profiles else None
+    # the default is left out, so that what was made before there was a window keeps its name
+    late = [] if data.late_days == LATE_DAYS else [data.late_days]
+    name = digest(kind, made_by.version, shape, profiles, prints.events, prints.profiles, *late)
+    uri = join(run.root, kind, name)
+    if find(uri) is None:
+        log(f"preparing {kind} ({sum(file.rows for file in files):,} events, engine {data.engine})")
+        before()
+        if data.engine == "ray":
+            start_ray()
+    lineage = digest("lineage", kind, made_by.version, shape, profiles, data.late_days)
+    return data_prepare.prepare_timelines(
+        data, tables, uri, made_by, data.engine, asdict(prints), lineage=lineage, log=log, events=files
+    )
+
+
+def columns_of(table: Any) -> dict[str, Any]:
+    """A table's section of the run file without where its rows are, which its fingerprint says."""
+    return {name: value for name, value in asdict(table).items() if name not in ("version", "timestamp")} | {
+        "path": None
+    }
 
 
 def _fit(run: Run, prepared: Prepared, until: int) -> Inputs:

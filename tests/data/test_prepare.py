@@ -17,9 +17,9 @@ from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Calendar, Data, Events, Profiles
 from lum_ray.data import buckets, tasks
 from lum_ray.data.prepare import Tokenizer, prepare_calendar, prepare_timelines
+from lum_ray.data.raw import RawTables, raw_files
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import hash_strings
-from lum_ray.data.schema import RawTables, raw_files
 from lum_ray.lumos import timelines
 
 TOKENIZER = Tokenizer(timelines.partial, timelines.merge, timelines.TOKENIZER_VERSION)
@@ -299,10 +299,10 @@ def test_map_tasks_hold_every_row_group_once(tmp_path: Path) -> None:
     blocks = tasks.map_tasks("events", files, 130)
     pieces = [piece for block in blocks for piece in block["pieces"]]
     expected = [(file.uri, group) for file in files for group in range(5)]
-    assert [(uri, group) for uri, _, groups, _ in pieces for group in groups] == expected
-    assert all(row == groups[0] * 60 for _, _, groups, row in pieces)
+    assert [(uri, group) for uri, _, groups, _, _ in pieces for group in groups] == expected
+    assert all(row == groups[0] * 60 for _, _, groups, row, _ in pieces)
     sizes = [
-        sum(60 if group < 4 else 10 for _, _, groups, _ in block["pieces"] for group in groups) for block in blocks
+        sum(60 if group < 4 else 10 for _, _, groups, _, _ in block["pieces"] for group in groups) for block in blocks
     ]
     assert max(sizes) <= 130 and sum(sizes) == 1000 and len({block["name"] for block in blocks}) == len(blocks) == 8
 

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lum_ray.artifacts import UserError
-from lum_ray.data.reader import Timelines, _decode, _merge, rows_from_tables
+from lum_ray.data.history import decode, merge
+from lum_ray.data.reader import Timelines, rows_from_tables
 from lum_ray.data.rows import Rows, hash_strings
 
 BEHAVIOURS = ("active", "spend", "visits")
@@ -119,7 +120,7 @@ def test_a_day_that_comes_twice_is_refused(world: Any, write: Callable[..., str]
         rows_from_tables(pa.concat_tables([world.daily, twice]), None, BEHAVIOURS, 100, 160)
     uri = write(tmp_path / "overlap", world, splits=(120,))
     manifest = json.loads((tmp_path / "overlap" / "manifest.json").read_text())
-    manifest["parts"][1] |= {"path": manifest["parts"][0]["path"], "files": manifest["parts"][0]["files"]}
+    manifest["parts"][1] = manifest["parts"][0]
     (tmp_path / "overlap" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"bucket 5: expected each \(user, day\) once .* over all parts"):
         Timelines.open(uri).read([5])
@@ -135,7 +136,7 @@ def test_users_of_equal_hash_stay_apart() -> None:
             "x": [[10, 20], [50], [11], [30]],
         }
     )
-    merged = _merge(_decode(table, ["x"], "here"), "here")
+    merged = merge(decode(table, ["x"], "here"), "here")
     assert merged.user.to_pylist() == ["c", "a", "b"]
     assert merged.lengths.tolist() == [1, 1, 3]
     assert merged.days.tolist() == [5, 1, 1, 2, 3]
@@ -151,7 +152,7 @@ def test_list_columns_of_a_slice() -> None:
             "x": [[1], [2, 3], [], [4]],
         }
     ).slice(1, 3)
-    history = _decode(table, ["x"], "here")
+    history = decode(table, ["x"], "here")
     assert (history.lengths.tolist(), history.days.tolist(), history.values[:, 0].tolist()) == (
         [2, 0, 1],
         [2, 3, 4],
@@ -165,7 +166,7 @@ def test_values_that_do_not_fit_their_days_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"'x' must have one value per active day; expected \[1, 2\], got \[2, 1\].*'a', 'b'"
     ):
-        _decode(table, ["x"], "here")
+        decode(table, ["x"], "here")
 
 
 def test_the_bytes_asked_for_are_those_of_the_files(stored: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Data, Events
-from lum_ray.data.schema import check_events, clean_events, drop_repeats, raw_files, read_events
+from lum_ray.data.raw import raw_files
+from lum_ray.data.schema import PROVENANCE, check_events, clean_events, drop_repeats, read_events
 from lum_ray.data.times import to_day
 
 BEHAVIOURS = (Behaviour("active", "binary", "count()"), Behaviour("spend", "continuous", "sum(price)", 0.01))
@@ -221,7 +222,8 @@ def test_repeats_of_a_user_and_id_are_dropped_but_the_first() -> None:
     later, _ = clean_events(table, data, "events/1.parquet")
     first, _ = clean_events(table.slice(0, 1), data, "events/0.parquet")
     kept, rejects = drop_repeats(pa.concat_tables([later, first]))
-    assert sorted(kept["price"].to_pylist()) == [1.0, 3.0, 4.0] and kept.column_names == ["user", "day", "price"]
+    assert sorted(kept["price"].to_pylist()) == [1.0, 3.0, 4.0]
+    assert kept.column_names == ["user", "day", "price", *PROVENANCE]
     assert rejects.to_pylist() == [
         {"file": "events/1.parquet", "row": row, "reason": "repeats the id 7 of user a"} for row in (0, 1)
     ]

@@ -20,9 +20,10 @@ from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Data, Events
 from lum_ray.data import buckets, times
 from lum_ray.data.prepare import Tokenizer, prepare_timelines
+from lum_ray.data.raw import RawTables
 from lum_ray.data.reader import Timelines, rows_from_tables
 from lum_ray.data.rows import Rows, hash_strings, mix
-from lum_ray.data.schema import RawTables, clean_events
+from lum_ray.data.schema import clean_events
 from lum_ray.gts import intervals
 from lum_ray.gts.sequences import COLUMNS, ITEM, NO_TIME, OFFSET_MIN, TIME_US, merge, partial, tokenize
 
