@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 
 import pytest
 
 from lum_ray.config import Run
+from tests import s3
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Server]:
+    """A real S3 server with the bucket `s3.BUCKET`, started on first use; the standard variables point at it."""
+    with s3.running(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def s3_root(s3_server: s3.Server) -> str:
+    """A root on S3 that no other test uses."""
+    return f"s3://{s3.BUCKET}/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture(scope="session")

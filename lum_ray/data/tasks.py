@@ -96,7 +96,8 @@ def run_task(job: Job, task: Task) -> Task:
     except FileNotFoundError:
         pass
     try:
-        made, rejects = (_map if task["stage"] == "map" else _merge)(job, task)
+        with artifacts.reaching(job.uri):
+            made, rejects = (_map if task["stage"] == "map" else _merge)(job, task)
     except UserError as error:
         return {"error": str(error)}
     except FileNotFoundError as error:

@@ -28,7 +28,7 @@ import torch
 from pyarrow import fs
 from safetensors.torch import save_file
 
-from lum_ray.artifacts import MANIFEST, UserError, join, read_json, storage, write_json
+from lum_ray.artifacts import MANIFEST, UserError, download, join, read_json, storage, upload, write_json
 from lum_ray.weights import KEEP, LOOP, MODEL, Step, steps
 
 ENGINE = "engine"
@@ -80,9 +80,8 @@ def _fetch(step: Step, folder: str, local: bool) -> str | None:
         path = os.path.join(folder, name)
         try:
             if not local:
-                place = storage(join(step.uri, name))
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                fs.copy_files(place.path, path, place.filesystem, fs.LocalFileSystem(), use_threads=False)
+                download(join(step.uri, name), path)
             found = describe(path)
         except FileNotFoundError:
             return f"{name} is missing"
@@ -208,13 +207,13 @@ def _move(folder: str, uri: str) -> dict[str, Any]:
             path = os.path.join(parent, name)
             relative = os.path.relpath(path, folder).replace(os.sep, "/")
             files[relative] = describe(path)
-            target = join(place.path, relative)
             if place.is_local:
+                target = join(place.path, relative)
                 _sync(path)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 shutil.move(path, target)
             else:
-                fs.copy_files(path, target, fs.LocalFileSystem(), place.filesystem, use_threads=False)
+                upload(path, join(uri, relative))
     return files
 
 
