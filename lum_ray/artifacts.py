@@ -40,6 +40,7 @@ __all__ = [
     "reaching",
     "read_bytes",
     "read_json",
+    "remove",
     "storage",
     "upload",
     "write_bytes",
@@ -154,6 +155,14 @@ def download(uri: str, path: str) -> None:
     place = storage(uri)
     with reaching(uri):
         fs.copy_files(place.path, path, place.filesystem, fs.LocalFileSystem())
+
+
+def remove(uri: str) -> None:
+    """Remove a folder and all below it, if it is there."""
+    place = storage(uri)
+    # another process may be removing it too; and S3 may list a folder of which nothing is left
+    with reaching(uri), contextlib.suppress(FileNotFoundError):
+        place.filesystem.delete_dir(place.path)
 
 
 def _replace(path: str, write: Callable[[str], None]) -> None:

@@ -6,6 +6,8 @@ It can be killed and started again on the same folder and ports, as a store that
 from __future__ import annotations
 
 import contextlib
+import datetime
+import ipaddress
 import json
 import os
 import shutil
@@ -18,6 +20,11 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "lum-ray-test", "not-a-secret", "lum-ray"
 READY_TIMEOUT_S = 60.0
@@ -46,15 +53,20 @@ def _is_free(port: int) -> bool:
 
 @dataclass
 class Server:
-    """The server's process. `ports`: master, volume, filer, S3."""
+    """The server's process. `ports`: master, volume, filer, S3 over HTTP and over TLS."""
 
     folder: Path
-    ports: list[int] = field(default_factory=lambda: free_ports(4))
+    ports: list[int] = field(default_factory=lambda: free_ports(5))
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.ports[3]}"
+
+    @property
+    def tls_environment(self) -> dict[str, str]:
+        """What differs for a client that comes over TLS, and has to be told of the server's own authority."""
+        return {"AWS_ENDPOINT_URL": f"https://127.0.0.1:{self.ports[4]}", "AWS_CA_BUNDLE": f"{self.folder}/tls.pem"}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -72,7 +84,9 @@ class Server:
         identity = {"name": "test", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]}
         config = {"identities": [identity | {"actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}
         (self.folder / "s3.json").write_text(json.dumps(config))
-        master, volume, filer, s3 = self.ports
+        if not (self.folder / "tls.pem").exists():
+            _write_certificate(self.folder)
+        master, volume, filer, s3, tls = self.ports
         # fmt: off
         options = [
             f"-dir={self.folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
@@ -80,6 +94,7 @@ class Server:
             "-master.heartbeatInterval=100ms", "-master.volumeSizeLimitMB=256",
             f"-volume.port={volume}", "-volume.max=100", "-filer", f"-filer.port={filer}",
             "-s3", f"-s3.port={s3}", f"-s3.config={self.folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0",
+            f"-s3.port.https={tls}", f"-s3.cert.file={self.folder}/tls.pem", f"-s3.key.file={self.folder}/tls.key",
         ]
         # fmt: on
         with open(self.folder / "log", "ab") as log:
@@ -129,6 +144,24 @@ class Server:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
+
+
+def _write_certificate(folder: Path) -> None:
+    """`tls.pem` (the server's certificate and that of the authority that signed it) and `tls.key`."""
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    authority, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("test authority", "127.0.0.1")]
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))])
+    root = x509.BasicConstraints(ca=True, path_length=None)
+    certificates = []
+    for name, owner, extension in ((names[1], key, address), (names[0], authority, root)):
+        builder = x509.CertificateBuilder().subject_name(name).issuer_name(names[0]).public_key(owner.public_key())
+        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - day)
+        builder = builder.not_valid_after(now + day).add_extension(extension, critical=True)
+        certificates.append(builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    (folder / "tls.pem").write_bytes(b"".join(certificates))
+    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "tls.key").write_bytes(key.private_bytes(*plain))
 
 
 def _binary() -> str:

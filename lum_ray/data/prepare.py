@@ -14,7 +14,6 @@ is a row with the same user and id, and the first by (file, row) stays.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -156,7 +155,7 @@ def _build(
         "bytes_per_active_day": round(size / active_days, 3),
     }
     artifact = artifacts.commit(uri, manifest)
-    _remove(join(uri, "_work"))
+    artifacts.remove(join(uri, "_work"))
     return artifact
 
 
@@ -286,10 +285,3 @@ def _too_many(data: Data, table: str, count: int, total: int, rejects: pa.Table,
         f"{data.max_reject_share:.2%}; mend them at the source, or raise data.max_reject_share to go on without them"
     )
     return UserError("\n".join([head, *lines, *more]))
-
-
-def _remove(uri: str) -> None:
-    place = storage(uri)
-    # another driver of the same artifact may have removed it already
-    with contextlib.suppress(FileNotFoundError):
-        place.filesystem.delete_dir(place.path)

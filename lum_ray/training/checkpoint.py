@@ -28,7 +28,7 @@ import torch
 from pyarrow import fs
 from safetensors.torch import save_file
 
-from lum_ray.artifacts import MANIFEST, UserError, download, join, read_json, storage, upload, write_json
+from lum_ray.artifacts import MANIFEST, UserError, download, join, read_json, remove, storage, upload, write_json
 from lum_ray.weights import KEEP, LOOP, MODEL, Step, steps
 
 ENGINE = "engine"
@@ -184,7 +184,7 @@ class Writer:
             # Folders of later steps are left alone: another rank may already be writing the next checkpoint.
             passed = info.type == fs.FileType.Directory and int(info.base_name.partition("-")[0]) <= step
             if passed and info.base_name not in [old["folder"] for old in kept]:
-                place.filesystem.delete_dir(info.path)
+                remove(join(self.uri, which, info.base_name))
 
     def _wait_for(self, uri: str) -> dict[str, Any]:
         deadline = time.monotonic() + RANKS_TIMEOUT_S
