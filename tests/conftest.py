@@ -12,12 +12,20 @@ from tests import s3
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Server]:
-    """A real S3 server with the bucket `s3.BUCKET`, started on first use; the standard variables point at it."""
-    with s3.running(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+def s3_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Server]:
+    """Where the S3 server will be; the standard variables point there. Workers of Ray know what it was started with."""
+    with pytest.MonkeyPatch.context() as patch:
+        server = s3.Server(tmp_path_factory.mktemp("s3"))
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_place: s3.Server) -> Iterator[s3.Server]:
+    """A real S3 server with the bucket `s3.BUCKET`, started on first use."""
+    with s3.running(s3_place):
+        yield s3_place
 
 
 @pytest.fixture
@@ -27,7 +35,7 @@ def s3_root(s3_server: s3.Server) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def ray_session(s3_place: s3.Server) -> Iterator[None]:
     """An embedded Ray of two CPUs, started on first use."""
     import ray
 

@@ -173,11 +173,11 @@ def _binary() -> str:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[Server]:
-    """A server on a folder of its own with the bucket `BUCKET`."""
-    server = Server(folder).start()
+def running(server: Server) -> Iterator[None]:
+    """Has the server running, with the bucket `BUCKET`."""
+    server.start()
     try:
         server.make_bucket()
-        yield server
+        yield
     finally:
         server.kill()
