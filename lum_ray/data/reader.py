@@ -7,6 +7,7 @@ Shapes: N users, A active days (all users together; events in sequences), U beha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from lum_ray import artifacts
 from lum_ray.artifacts import UserError
+from lum_ray.data.range_cache import RangeCache, Window
 from lum_ray.data.rows import Int32, Int64, Rows, Strings, UInt64, expand, hash_strings
 from lum_ray.data.windows import first_days
 
@@ -75,11 +77,32 @@ class Timelines:
         self._groups = self._by_bucket([(part["path"], part["files"]) for part in parts])
         self._profiles = self._by_bucket([("profiles", manifest["profiles"] or [])])
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._cache: RangeCache | None = None
+        self._fetched: dict[tuple[str, int], Window] = {}
 
     @classmethod
     def open(cls, uri: str) -> Timelines:
         """The artifact at `uri` (local or s3://). Raises UserError where none is committed."""
         return cls(artifacts.open_artifact(uri))
+
+    def with_cache(self, cache: RangeCache) -> Timelines:
+        """The same timelines, whose buckets can be fetched ahead of being read."""
+        copied = copy.copy(self)
+        copied._cache, copied._fetched = cache, {}
+        return copied
+
+    def fetch(self, bucket: int) -> int:
+        """Bring a bucket to this machine for the next `read` of it. Returns the bytes that were asked of the store."""
+        assert self._cache is not None, "fetch() is for timelines with a cache"
+        asked = 0
+        for group in [*self._groups.get(bucket, []), *self._profiles.get(bucket, [])]:
+            if group.uri not in self._footers:
+                asked += self._read(group, ())[1]
+            begin, end = _extent(self._footers[group.uri].row_group(group.index))
+            content, size = self._cache.read(group.uri, begin, end)
+            self._fetched[group.uri, group.index] = Window(content, begin)
+            asked += size
+        return asked
 
     @cached_property
     def bucket_users(self) -> Int64:
@@ -141,7 +164,9 @@ class Timelines:
         place = artifacts.storage(group.uri)
         size = 0
         try:
-            with place.filesystem.open_input_file(place.path) as stream:
+            # the fetched bytes serve one read, and were counted when they were fetched
+            fetched = self._fetched.pop((group.uri, group.index), None) if columns != () else None
+            with pa.PythonFile(fetched) if fetched else place.filesystem.open_input_file(place.path) as stream:
                 file = pq.ParquetFile(stream, metadata=self._footers.get(group.uri), pre_buffer=True)
                 if group.uri not in self._footers:
                     size += int(file.metadata.serialized_size)
@@ -162,7 +187,8 @@ class Timelines:
                         "prepare the timelines again"
                     )
                 chunks = [about.column(index) for index in range(about.num_columns)]
-                size += sum(int(chunk.total_compressed_size) for chunk in chunks if _root(chunk) in names)
+                if not fetched:
+                    size += sum(int(chunk.total_compressed_size) for chunk in chunks if _root(chunk) in names)
                 return file.read_row_group(group.index, columns=names).select(names), size
         except FileNotFoundError as error:
             raise UserError(
@@ -233,6 +259,13 @@ class _History:
     lengths: Int64  # (N,)
     days: Int32  # (A,)
     values: Int64  # (A, U)
+
+
+def _extent(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    """The bytes [begin, end) of a row group's columns in its file."""
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    begins = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+    return min(begins), max(begin + chunk.total_compressed_size for begin, chunk in zip(begins, chunks, strict=True))
 
 
 def _root(chunk: pq.ColumnChunkMetaData) -> str:
