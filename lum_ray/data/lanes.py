@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -76,12 +77,15 @@ class LaneReader:
             buckets, before = self._lane(epoch, lane)
             self._fetch(lane, int(buckets[int(np.searchsorted(before, begin, side="right")) - 1]))
 
-    def close(self) -> None:
-        """End the threads that fetch; what they fetched stays."""
+    def close(self) -> list[Future[Any]]:
+        """End the threads that fetch. Returns the fetches that are still under way."""
+        running: list[Future[Any]] = []
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+            running = [future for future in self._fetches.values() if not future.cancelled()]
         self._fetches.clear()
+        return running
 
     def _fetch(self, lane: int, bucket: int) -> None:
         if bucket in self._buckets.get(lane, ()) or bucket in self._fetches:

@@ -205,12 +205,14 @@ class Loader:
         if self._thread is None:
             return
         self._thread.shutdown(wait=False, cancel_futures=True)
-        running = [future for future in self._pending if not future.cancelled()]
+        running: list[Future[Any]] = [future for future in self._pending if not future.cancelled()]
         self._pending.clear()
         self._thread = None
-        waiting = wait(running, timeout_s).not_done
-        self._lanes.close()
-        if waiting:
+        started_at = time.monotonic()
+        stuck = wait(running, timeout_s).not_done
+        fetches = self._lanes.close()
+        stuck |= wait(fetches, max(0.0, timeout_s - (time.monotonic() - started_at))).not_done
+        if stuck:
             raise TimeoutError(
                 f"the loader's thread is still at work {timeout_s:g} s after close(); is the storage reachable?"
             )

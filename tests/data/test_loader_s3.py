@@ -99,7 +99,7 @@ def test_a_byte_is_read_once_while_it_fits(both: tuple[str, str]) -> None:
 def test_without_room_a_byte_is_read_once_an_epoch(both: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     local, remote = both
     size = stored(local)
-    for limit, low, high in ((0.0, 2.4, 3.6), (size / 2**30 / 4, 1.5, 2.4)):  # the latter: half of it in two caches
+    for limit, low, high in ((0.0, 2.4, 3.6), (size / 2**30 / 4, 1.3, 2.4)):  # the latter: half of it in two caches
         monkeypatch.setenv("LUM_RAY_CACHE_GIB", str(limit))
         ranks = loaders(remote, 2)
         for loader in ranks:
@@ -133,8 +133,6 @@ def test_a_file_that_goes_missing_is_named(both: tuple[str, str], s3_root: str) 
         if file.is_file() and file.name != "0001.parquet":
             artifacts.upload(str(file), f"{s3_root}/t/{file.relative_to(local)}")
     (loader,) = loaders(f"{s3_root}/t", 1)
-    with pytest.raises(
-        UserError, match=r"0001\.parquet: the manifest of s3://\S+ names this file, but it is not"
-    ):
+    with pytest.raises(UserError, match=r"0001\.parquet: the manifest of s3://\S+ names this file, but it is not"):
         next(loader)
     loader.close()
