@@ -14,6 +14,7 @@ is a row with the same user and id, and the first by (file, row) stays.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from lum_ray import artifacts
 from lum_ray.artifacts import Artifact, UserError, join, storage
@@ -74,6 +76,7 @@ def prepare_timelines(
     """
     found = artifacts.find(uri)
     if found is not None:
+        _clean(uri)
         return found
     if tokenizer.columns:
         data = replace(data, behaviours=(), derived=(), horizons=())
@@ -84,7 +87,22 @@ def prepare_timelines(
         found = artifacts.find(uri)
         if found is None:
             raise
+        _clean(uri)
         return found
+
+
+def _clean(uri: str) -> None:
+    """Remove what killed or slower drivers left in a committed artifact: `_work/`, and files that were being written."""
+    place = storage(uri)
+    work = join(uri, "_work")
+    if place.filesystem.get_file_info(storage(work).path).type != fs.FileType.NotFound:
+        artifacts.remove(work)
+        if place.is_local:
+            for parent, _, names in os.walk(place.path):
+                for name in names:
+                    if name.endswith(".tmp"):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(os.path.join(parent, name))
 
 
 def _build(
@@ -155,7 +173,7 @@ def _build(
         "bytes_per_active_day": round(size / active_days, 3),
     }
     artifact = artifacts.commit(uri, manifest)
-    artifacts.remove(join(uri, "_work"))
+    _clean(uri)
     return artifact
 
 

@@ -21,6 +21,8 @@ from lum_ray.artifacts import UserError, storage
 from lum_ray.training.loop import DivergedError, Worker
 
 MakeLoop = Callable[[Worker], dict[str, Any]]
+PEERS_TIMEOUT_S = 600
+"""Long enough for the slowest wait that is none's fault: rank 0 scores a validation while the others wait for it."""
 
 
 def fit(
@@ -30,12 +32,14 @@ def fit(
     storage_path: str | None = None,
     name: str = "train",
     max_failures: int = 3,
+    peers_timeout_s: int = PEERS_TIMEOUT_S,
 ) -> dict[str, Any]:
     """Run `make_loop(worker)` on `workers` processes and return what it returned on rank 0.
 
     `make_loop` builds stage and loader and calls `train_loop`; it is pickled where there are several workers. `gpus`
     gives each worker one GPU. `storage_path` (a URI) keeps Ray's own records, of no use later. A crashed worker
-    restarts the group, `max_failures` times at most. Raises UserError where the session has too few CPUs or GPUs, and
+    restarts the group, `max_failures` times at most; one that hangs does too, once the others have waited
+    `peers_timeout_s` for it. Raises UserError where the session has too few CPUs or GPUs, and
     whatever user error stopped the loop; else `ray.train.TrainingFailedError`.
     """
     _check(workers, gpus)
@@ -56,7 +60,7 @@ def fit(
     place = storage(storage_path) if storage_path else None
     trainer = TorchTrainer(
         loop_per_worker,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=peers_timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=ray.train.RunConfig(
             # A new name each time: Ray takes up a finished run of the same name.
