@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from lum_ray.storage import Storage, UserError, reaching, storage
+from lum_ray.storage import Storage, UserError, reach, reaching, storage
 
 __all__ = [
     "MANIFEST",
@@ -37,6 +37,7 @@ __all__ = [
     "join",
     "list_files",
     "open_artifact",
+    "reach",
     "reaching",
     "read_bytes",
     "read_json",
@@ -118,8 +119,12 @@ def _etags(place: Storage) -> dict[str, tuple[int, str]]:
 def read_bytes(uri: str) -> bytes:
     """The content of a file. Raises FileNotFoundError."""
     place = storage(uri)
-    with reaching(uri), place.filesystem.open_input_stream(place.path) as stream:
-        return bytes(stream.read())
+
+    def read() -> bytes:
+        with place.filesystem.open_input_stream(place.path) as stream:
+            return bytes(stream.read())
+
+    return reach(uri, read)
 
 
 def read_json(uri: str) -> Any:
@@ -153,8 +158,7 @@ def upload(path: str, uri: str) -> None:
 def download(uri: str, path: str) -> None:
     """Copy the file at `uri` to a new local file, a piece at a time. Raises FileNotFoundError."""
     place = storage(uri)
-    with reaching(uri):
-        fs.copy_files(place.path, path, place.filesystem, fs.LocalFileSystem())
+    reach(uri, lambda: fs.copy_files(place.path, path, place.filesystem, fs.LocalFileSystem()))
 
 
 def remove(uri: str) -> None:

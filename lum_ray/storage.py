@@ -15,12 +15,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs
+
+T = TypeVar("T")
 
 RETRY_S = "LUM_RAY_S3_RETRY_S"
 """The variable for how long a request to a store that does not answer is tried again."""
@@ -211,6 +213,26 @@ def reaching(uri: str) -> Iterator[None]:
         raise UserError(problem) from error
 
 
+def reach(uri: str, act: Callable[[], T]) -> T:
+    """What `act()` gives; done again for a while where an answer could not be read. Raises as `reaching`.
+
+    Of a short range pyarrow holds room for just those bytes: an error's longer answer does not fit, and so is not tried
+    again by its own strategy.
+    """
+    deadline, pause_s = time.monotonic() + S3.of_environment().retry_s, 0.1
+    while True:
+        try:
+            with reaching(uri):
+                return act()
+        except UserError as error:
+            reason = str(error.__cause__ or error.__context__)
+            if UNREADABLE_ANSWER not in reason or time.monotonic() > deadline:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 5.0)
+
+
+UNREADABLE_ANSWER = "Failed to flush response stream"
 REFUSALS = (
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",

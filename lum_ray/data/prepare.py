@@ -92,7 +92,7 @@ def prepare_timelines(
 
 
 def _clean(uri: str) -> None:
-    """Remove what killed or slower drivers left in a committed artifact: `_work/`, and files that were being written."""
+    """Remove what killed or slower drivers left of a committed artifact: `_work/`, and half-written files."""
     place = storage(uri)
     work = join(uri, "_work")
     if place.filesystem.get_file_info(storage(work).path).type != fs.FileType.NotFound:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 
-from lum_ray.artifacts import UserError, reaching, storage
+from lum_ray.artifacts import UserError, reach, storage
 
 CACHE_GIB = "LUM_RAY_CACHE_GIB"
 """The variable for how much a process keeps of remote timelines, in the folder for temporary files (TMPDIR)."""
@@ -51,8 +51,12 @@ class RangeCache:
         if place is not None and self._file is not None:
             return os.pread(self._file.fileno(), end - begin, place), 0
         remote = storage(uri)
-        with reaching(uri), remote.filesystem.open_input_file(remote.path) as stream:
-            content = bytes(stream.read_at(end - begin, begin))
+
+        def fetch() -> bytes:
+            with remote.filesystem.open_input_file(remote.path) as stream:
+                return bytes(stream.read_at(end - begin, begin))
+
+        content = reach(uri, fetch)
         self._keep((uri, begin, end), content)
         return content, len(content)
 

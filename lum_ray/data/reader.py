@@ -161,6 +161,9 @@ class Timelines:
 
     def _read(self, group: _RowGroup, columns: Sequence[str] | None) -> tuple[pa.Table, int]:
         """The row group's `columns` (None: all) and the bytes that were asked for."""
+        return artifacts.reach(group.uri, lambda: self._read_once(group, columns))
+
+    def _read_once(self, group: _RowGroup, columns: Sequence[str] | None) -> tuple[pa.Table, int]:
         place = artifacts.storage(group.uri)
         size = 0
         try:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lum_ray.artifacts import UserError, list_files, storage
+from lum_ray.artifacts import UserError, list_files, reach, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data.expressions import parse, plain, to_units
 from lum_ray.data.times import to_day, to_instant
@@ -96,6 +96,10 @@ def _footer(uri: str, root: str, table: str) -> RawFile:
 
 def open_parquet(uri: str) -> pq.ParquetFile:
     """The parquet file at `uri`. Raises UserError naming the file where it is none, is cut off or is missing."""
+    return reach(uri, lambda: _open_parquet(uri))
+
+
+def _open_parquet(uri: str) -> pq.ParquetFile:
     place = storage(uri)
     try:
         return pq.ParquetFile(place.filesystem.open_input_file(place.path), pre_buffer=not place.is_local)
