@@ -33,7 +33,7 @@ TASK_S = 0.02
 
 
 def prepare(events: str, profiles: str, uri: str, engine: Any = "local") -> None:
-    """About 50 tasks."""
+    """About 25 tasks."""
 
     # local functions, so that they travel to Ray's workers by value
     def partial(table: pa.Table, behaviours: Sequence[Any]) -> pa.Table:
