@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from lum_ray.storage import Storage, UserError, reach, reaching, storage
+from lum_ray.storage import S3, Storage, UserError, reach, reaching, storage
 
 __all__ = [
     "MANIFEST",
@@ -94,26 +94,14 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
 def fingerprint(uri: str) -> list[list[str | int]]:
     """What says that the files at `uri` are the same as before: [name, size, mtime in ns or, on S3, etag] of each."""
     root, names = storage(uri), list_files(uri)
-    etags = _etags(root) if root.s3 else {}
-    result: list[list[str | int]] = []
-    for name in names:
-        place = storage(name)
-        below = place.path[len(root.path) :].lstrip("/")
-        if root.s3:
-            result.append([below, *etags[place.path]])
-        else:
-            info = place.filesystem.get_file_info(place.path)
-            result.append([below, info.size, info.mtime_ns or 0])
-    return result
-
-
-def _etags(place: Storage) -> dict[str, tuple[int, str]]:
-    """Size and etag of every object at or below a place on S3, from one listing (pyarrow tells no etags)."""
-    import s3fs
-
-    assert place.s3 is not None
-    found = s3fs.S3FileSystem(**place.s3.fsspec_options).find(place.path, detail=True)
-    return {path: (info["size"], info["ETag"].strip('"')) for path, info in found.items()}
+    prefix, paths = len(root.path), [storage(name).path for name in names]
+    if root.s3:
+        # pyarrow tells no etags
+        found = _ask(root.s3, lambda client: client.find(root.path, detail=True))
+        objects = [(path, found[path]) for path in paths if path in found]
+        return [[path[prefix:].lstrip("/"), info["size"], info["ETag"].strip('"')] for path, info in objects]
+    infos = root.filesystem.get_file_info(paths)
+    return [[info.path[prefix:].lstrip("/"), info.size, info.mtime_ns or 0] for info in infos]
 
 
 def read_bytes(uri: str) -> bytes:
@@ -252,31 +240,36 @@ def commit(uri: str, manifest: Mapping[str, Any]) -> Artifact:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
         else:
-            _put_if_absent(place, content)
+            assert place.s3 is not None
+            # a try whose answer was lost may have written it: then the next finds it there
+            with contextlib.suppress(FileExistsError):
+                _ask(place.s3, lambda client: client.pipe_file(place.path, content, mode="create"))
     return open_artifact(uri)
 
 
-def _put_if_absent(place: Storage, content: bytes) -> None:
-    """Write an object unless there is one. A try whose answer was lost may have written it: then the next finds it."""
+def _ask(store: S3, act: Callable[[Any], Any]) -> Any:
+    """What `act` gives with an s3fs client, tried again where the store does not answer or is not ready.
+
+    Raises FileExistsError where a condition was not met, else OSError.
+    """
     import s3fs
     from botocore.exceptions import BotoCoreError
 
-    assert place.s3 is not None
-    client = s3fs.S3FileSystem(**place.s3.fsspec_options)
-    deadline, pause_s = time.monotonic() + place.s3.retry_s, 0.1
+    client = s3fs.S3FileSystem(**store.fsspec_options)
+    deadline, pause_s = time.monotonic() + store.retry_s, 0.1
     while True:
         try:
-            client.pipe_file(place.path, content, mode="create")
-            return
-        except FileExistsError:
-            return
+            return act(client)
+        except (FileExistsError, FileNotFoundError):
+            raise
         except (OSError, BotoCoreError) as error:
             status = _http_status(error)
             if status == 412:  # s3fs has no name for it
-                return
+                raise FileExistsError(str(error)) from error
             # 409: another put of the same object is under way; none: no answer
-            if (status is not None and status < 500 and status not in (409, 429)) or time.monotonic() > deadline:
-                raise OSError(f"AWS Error (HTTP status {status}) during PutObject: {error}") from error
+            final = status is not None and status < 500 and status not in (409, 429)
+            if final or time.monotonic() > deadline:
+                raise OSError(f"AWS Error (HTTP status {status}): {error}") from error
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 5.0)
 

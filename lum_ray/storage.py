@@ -14,6 +14,7 @@ import errno
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,6 @@ DEFAULT_RETRY_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 30.0
 """Without a single byte."""
-FIRST_PAUSE_S = 0.05
 
 
 class UserError(ValueError):
@@ -219,14 +219,14 @@ def reach(uri: str, act: Callable[[], T]) -> T:
     Of a short range pyarrow holds room for just those bytes: an error's longer answer does not fit, and so is not tried
     again by its own strategy.
     """
-    deadline, pause_s = time.monotonic() + S3.of_environment().retry_s, 0.1
+    started_at, pause_s = time.monotonic(), 0.1
     while True:
         try:
             with reaching(uri):
                 return act()
         except UserError as error:
             reason = str(error.__cause__ or error.__context__)
-            if UNREADABLE_ANSWER not in reason or time.monotonic() > deadline:
+            if UNREADABLE_ANSWER not in reason or time.monotonic() - started_at > S3.of_environment().retry_s:
                 raise
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 5.0)
@@ -264,8 +264,8 @@ def _problem(uri: str, error: OSError, seconds: float) -> str | None:
 
 
 def _free(uri: str) -> str:
-    """What is left on the disk of a local path."""
-    place = os.path.abspath(uri.removeprefix("file://"))
+    """What is left on the disk of a local path; for S3 on that of temporary files, the only one that is written to."""
+    place = tempfile.gettempdir() if uri.startswith("s3://") else os.path.abspath(uri.removeprefix("file://"))
     while not os.path.isdir(place):
         place = os.path.dirname(place)
     return f"{shutil.disk_usage(place).free / 2**20:,.0f} MiB free on the disk of {place}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -155,23 +154,30 @@ def kill_worker(world: World, root: str, seed: int) -> None:
 
         driver = threading.Thread(target=drive)
         driver.start()
-        time.sleep(draw.uniform(0, 2 * world.takes_s))
-        killed = False
+        moment, killed = draw.uniform(0, 0.3), False
         while driver.is_alive() and not killed:
-            # our own session's, by their process ids; an idle worker is called ray::IDLE
-            children = psutil.Process().children(recursive=True)
-            busy = []
-            for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::Map"):
-                        busy.append(child)
-            if busy:
-                draw.choice(busy).send_signal(signal.SIGKILL)
-                killed = True
+            if busy := busy_workers():
+                time.sleep(moment)
+                for victim in draw.sample(busy, len(busy)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        victim.kill()
+                        killed = True
+                        break
             time.sleep(0.01)
         driver.join(TIMEOUT_S)
         assert failed == []
+        assert killed
         assert not driver.is_alive()
+
+
+def busy_workers() -> list[psutil.Process]:
+    """The processes below this one that are at a task of ours; Ray names a worker after its task."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::Map"):
+                found.append(child)
+    return found
 
 
 def kill_server(world: World, server: s3.Server, seed: int) -> None:
