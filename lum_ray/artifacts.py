@@ -12,57 +12,44 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
+from lum_ray.storage import S3, Storage, UserError, reach, reaching, storage
+
+__all__ = [
+    "MANIFEST",
+    "Artifact",
+    "Storage",
+    "UserError",
+    "commit",
+    "digest",
+    "download",
+    "find",
+    "fingerprint",
+    "join",
+    "list_files",
+    "open_artifact",
+    "reach",
+    "reaching",
+    "read_bytes",
+    "read_json",
+    "remove",
+    "storage",
+    "upload",
+    "write_bytes",
+    "write_json",
+    "write_table",
+]
+
 MANIFEST = "manifest.json"
-
-
-class UserError(ValueError):
-    """Something that the user can mend: the message says what was expected, what came, where, and what to do."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where a URI points: the pyarrow filesystem, the path on it, and the same access for fsspec and deltalake."""
-
-    filesystem: fs.FileSystem
-    path: str
-    options: Mapping[str, str]
-
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.filesystem, fs.LocalFileSystem)
-
-
-def storage(uri: str) -> Storage:
-    """The filesystem behind `uri` (a local path, `file://...` or `s3://bucket/...`).
-
-    S3 takes the standard variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION and, for
-    other servers than Amazon's, AWS_ENDPOINT_URL. Raises UserError for any other scheme.
-    """
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme == "file":
-        return Storage(fs.LocalFileSystem(), os.path.abspath(rest if separator else uri), {})
-    if scheme != "s3":
-        raise UserError(f"{uri}: expected a local path or s3://bucket/path, got the scheme '{scheme}'")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    retry = fs.AwsStandardS3RetryStrategy(max_attempts=8)
-    options = {"region": region}
-    keywords: dict[str, Any] = {"region": region, "retry_strategy": retry, "connect_timeout": 10, "request_timeout": 60}
-    if endpoint:
-        options["endpoint_url"] = endpoint
-        keywords |= {
-            "endpoint_override": endpoint.partition("://")[2] or endpoint,
-            "scheme": endpoint.partition("://")[0] or "https",
-        }
-    return Storage(fs.S3FileSystem(**keywords), rest.rstrip("/"), options)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -88,12 +75,13 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     Hidden files and folders (a leading `.` or `_`) are left out. Raises UserError where there is nothing.
     """
     place = storage(uri)
-    info = place.filesystem.get_file_info(place.path)
-    if info.type == fs.FileType.NotFound:
-        raise UserError(f"{uri}: expected a file or a folder, found nothing; check the path in the run file")
-    if info.type == fs.FileType.File:
-        return [uri]
-    found = place.filesystem.get_file_info(fs.FileSelector(place.path, recursive=True))
+    with reaching(uri):
+        info = place.filesystem.get_file_info(place.path)
+        if info.type == fs.FileType.NotFound:
+            raise UserError(f"{uri}: expected a file or a folder, found nothing; check the path in the run file")
+        if info.type == fs.FileType.File:
+            return [uri]
+        found = place.filesystem.get_file_info(fs.FileSelector(place.path, recursive=True))
     prefix = uri.rstrip("/")
     names = sorted(item.path[len(place.path.rstrip("/")) + 1 :] for item in found if item.type == fs.FileType.File)
     return [
@@ -104,21 +92,27 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
 
 
 def fingerprint(uri: str) -> list[list[str | int]]:
-    """What says that the files at `uri` are the same as before: [name, size, mtime in ns] of each, sorted by name."""
-    root = storage(uri)
-    result: list[list[str | int]] = []
-    for name in list_files(uri):
-        place = storage(name)
-        info = place.filesystem.get_file_info(place.path)
-        result.append([place.path[len(root.path) :].lstrip("/"), info.size, info.mtime_ns or 0])
-    return result
+    """What says that the files at `uri` are the same as before: [name, size, mtime in ns or, on S3, etag] of each."""
+    root, names = storage(uri), list_files(uri)
+    prefix, paths = len(root.path), [storage(name).path for name in names]
+    if root.s3:
+        # pyarrow tells no etags
+        found = _ask(root.s3, lambda client: client.find(root.path, detail=True))
+        objects = [(path, found[path]) for path in paths if path in found]
+        return [[path[prefix:].lstrip("/"), info["size"], info["ETag"].strip('"')] for path, info in objects]
+    infos = root.filesystem.get_file_info(paths)
+    return [[info.path[prefix:].lstrip("/"), info.size, info.mtime_ns or 0] for info in infos]
 
 
 def read_bytes(uri: str) -> bytes:
     """The content of a file. Raises FileNotFoundError."""
     place = storage(uri)
-    with place.filesystem.open_input_stream(place.path) as stream:
-        return bytes(stream.read())
+
+    def read() -> bytes:
+        with place.filesystem.open_input_stream(place.path) as stream:
+            return bytes(stream.read())
+
+    return reach(uri, read)
 
 
 def read_json(uri: str) -> Any:
@@ -126,19 +120,68 @@ def read_json(uri: str) -> Any:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write or replace a file; a reader sees the old content or the new, never a part (local: temporary and rename)."""
+    """Write or replace a file; a reader sees the old content or the new, never a part (local: temporary and rename).
+
+    Raises UserError where the disk is full or the store does not take it.
+    """
     place = storage(uri)
-    if not place.is_local:
+    with reaching(uri):
+        if place.is_local:
+            _replace(place.path, lambda path: _write(path, content))
+            return
         with place.filesystem.open_output_stream(place.path) as stream:
             stream.write(content)
-        return
-    os.makedirs(os.path.dirname(place.path), exist_ok=True)
-    temporary = f"{place.path}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "wb") as stream:
+
+
+def upload(path: str, uri: str) -> None:
+    """Copy a local file to `uri`, atomically as `write_bytes`, a piece at a time."""
+    place = storage(uri)
+    with reaching(uri):
+        if place.is_local:
+            _replace(place.path, lambda temporary: _copy(path, temporary))
+        else:
+            fs.copy_files(path, place.path, fs.LocalFileSystem(), place.filesystem)
+
+
+def download(uri: str, path: str) -> None:
+    """Copy the file at `uri` to a new local file, a piece at a time. Raises FileNotFoundError."""
+    place = storage(uri)
+    reach(uri, lambda: fs.copy_files(place.path, path, place.filesystem, fs.LocalFileSystem()))
+
+
+def remove(uri: str) -> None:
+    """Remove a folder and all below it, if it is there."""
+    place = storage(uri)
+    # another process may be removing it too; and S3 may list a folder of which nothing is left
+    with reaching(uri), contextlib.suppress(FileNotFoundError):
+        place.filesystem.delete_dir(place.path)
+
+
+def _replace(path: str, write: Callable[[str], None]) -> None:
+    """Have `write` fill a temporary file beside `path`, and put it in its place."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _write(path: str, content: bytes) -> None:
+    with open(path, "wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, place.path)
+
+
+def _copy(source: str, path: str) -> None:
+    with open(source, "rb") as stream, open(path, "wb") as target:
+        shutil.copyfileobj(stream, target, 1 << 22)
+        target.flush()
+        os.fsync(target.fileno())
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -185,20 +228,54 @@ def commit(uri: str, manifest: Mapping[str, Any]) -> Artifact:
     content = json.dumps(manifest, indent=1, default=_plain).encode() + b"\n"
     target = join(uri, MANIFEST)
     place = storage(target)
-    if place.is_local:
-        os.makedirs(os.path.dirname(place.path), exist_ok=True)
-        temporary = f"{place.path}.{uuid.uuid4().hex}.tmp"
-        write_bytes(temporary, content)
-        try:
-            os.link(temporary, place.path)
-        except FileExistsError:
-            pass
-        finally:
-            os.unlink(temporary)
-    else:
-        import s3fs
-
-        client = s3fs.S3FileSystem(endpoint_url=place.options.get("endpoint_url"), use_listings_cache=False)
-        with contextlib.suppress(FileExistsError):
-            client.pipe_file(place.path, content, mode="create")
+    with reaching(target):
+        if place.is_local:
+            os.makedirs(os.path.dirname(place.path), exist_ok=True)
+            temporary = f"{place.path}.{uuid.uuid4().hex}.tmp"
+            try:
+                _write(temporary, content)
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, place.path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+        else:
+            assert place.s3 is not None
+            # a try whose answer was lost may have written it: then the next finds it there
+            with contextlib.suppress(FileExistsError):
+                _ask(place.s3, lambda client: client.pipe_file(place.path, content, mode="create"))
     return open_artifact(uri)
+
+
+def _ask(store: S3, act: Callable[[Any], Any]) -> Any:
+    """What `act` gives with an s3fs client, tried again where the store does not answer or is not ready.
+
+    Raises FileExistsError where a condition was not met, else OSError.
+    """
+    import s3fs
+    from botocore.exceptions import BotoCoreError
+
+    client = s3fs.S3FileSystem(**store.fsspec_options)
+    deadline, pause_s = time.monotonic() + store.retry_s, 0.1
+    while True:
+        try:
+            return act(client)
+        except (FileExistsError, FileNotFoundError):
+            raise
+        except (OSError, BotoCoreError) as error:
+            status = _http_status(error)
+            if status == 412:  # s3fs has no name for it
+                raise FileExistsError(str(error)) from error
+            # 409: another put of the same object is under way; none: no answer
+            final = status is not None and status < 500 and status not in (409, 429)
+            if final or time.monotonic() > deadline:
+                raise OSError(f"AWS Error (HTTP status {status}): {error}") from error
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 5.0)
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status of the answer behind an error of s3fs; None where there was no answer."""
+    response = getattr(error.__cause__, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return int(status) if status else None

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 
 import pytest
 
 from lum_ray.config import Run
+from tests import s3
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def s3_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Server]:
+    """Where the S3 server will be; the standard variables point there. Workers of Ray know what it was started with."""
+    with pytest.MonkeyPatch.context() as patch:
+        server = s3.Server(tmp_path_factory.mktemp("s3"))
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_place: s3.Server) -> Iterator[s3.Server]:
+    """A real S3 server with the bucket `s3.BUCKET`, started on first use."""
+    with s3.running(s3_place):
+        yield s3_place
+
+
+@pytest.fixture
+def s3_root(s3_server: s3.Server) -> str:
+    """A root on S3 that no other test uses."""
+    return f"s3://{s3.BUCKET}/{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3_place: s3.Server) -> Iterator[None]:
     """An embedded Ray of two CPUs, started on first use."""
     import ray
 

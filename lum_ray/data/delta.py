@@ -72,18 +72,6 @@ class NoIncrementError(Exception):
     """Why a version cannot be read as an earlier one and what was added since."""
 
 
-def storage_options(uri: str) -> dict[str, str]:
-    """What `deltalake` needs besides the standard AWS variables, which it reads itself."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if not uri.startswith("s3://"):
-        return {}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    options = {"AWS_REGION": region}
-    if endpoint:
-        options |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": str(endpoint.startswith("http://")).lower()}
-    return options
-
-
 def split(uri: str) -> tuple[str, int | None]:
     """`path@v12` as (path, 12), any other as (path, None)."""
     found = re.fullmatch(r"(.+)@v(\d+)", uri.rstrip("/"))
@@ -216,7 +204,7 @@ def _open(path: str, version: int | None, timestamp: str | None = None, where: s
 
     uri = path if "://" in path else os.path.abspath(path)
     try:
-        table = deltalake.DeltaTable(uri, storage_options=storage_options(path))
+        table = deltalake.DeltaTable(uri, storage_options=dict(storage(path).options))
         newest = table.version()
         if timestamp is not None:
             _load_as_of(table, _instant(timestamp, where), f"{where}.timestamp: {path}")

@@ -5,7 +5,9 @@ and gives each global step its share of rows; the epoch's order is the merge of 
 so any place in it can be computed without replaying what came before. The whole position is therefore the step.
 
 The memory of a rank is one bucket for each of its lanes (or all its rows, where they fit in `cache_mib`): 64 / world
-buckets. `prepare` chooses the number of buckets.
+buckets. `prepare` chooses the number of buckets. From an object store the bucket that a lane needs next is fetched
+while the one before is in use, and what was fetched stays on the local disk while there is room (`range_cache`): so a
+byte is asked of the store once, and again in a later epoch only where the disk had no room for it.
 
 Departs: Accio (section 3.5) gives each process a subset of the partitions, which ties the order of a run to the number
 of processes; here the global batch is the same for every world size, and a run may resume on another one.
@@ -27,13 +29,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lum_ray.artifacts import UserError
+from lum_ray.artifacts import UserError, storage
+from lum_ray.data.lanes import LANES, LaneReader, LoaderStats
+from lum_ray.data.range_cache import RangeCache, cache_limit
 from lum_ray.data.reader import Timelines
-from lum_ray.data.rows import Int64, Rows, Samples, UInt64, expand, mix, share
+from lum_ray.data.rows import Int64, Rows, Samples, expand, mix, share
 from lum_ray.data.windows import CutPlan
-
-LANES = 64
-"""More ranks than lanes cannot be fed; a change of this number changes the order of every run."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 Collate = Callable[[Rows, Samples], Arrays]
@@ -111,19 +112,6 @@ class Step:
     rows_without_cut: int
 
 
-@dataclass
-class LoaderStats:
-    """What a loader did since it was made. What was read counts when it is read, ahead of the steps that were taken."""
-
-    rows_read: int = 0
-    bytes_read: int = 0
-    """Column chunks; and a file's footer, once."""
-    rows_without_cut: int = 0
-    """Summed over the steps that were taken."""
-    wait_s: float = 0.0
-    """Time that the consumer waited for a step."""
-
-
 class Loader:
     """One rank's part of the steps, read, sampled and collated ahead of need in one background thread.
 
@@ -165,7 +153,10 @@ class Loader:
         self.schedule = Schedule(np.array([users[lane::LANES].sum() for lane in range(LANES)], np.int64), batch, seed)
         self._plan, self._collate, self._draws, self._seed = plan, collate, draws, seed
         self._rank, self._world, self._micro_batch, self._prefetch = rank, world, micro_batch, prefetch
-        self._lanes = _LaneReader(timelines, seed, self.stats, self._fits(timelines, cache_mib))
+        keep_all, remote = self._fits(timelines, cache_mib), not storage(timelines.uri).is_local
+        if remote:
+            timelines = timelines.with_cache(RangeCache(0 if keep_all else cache_limit()))
+        self._lanes = LaneReader(timelines, seed, self.stats, keep_all, remote)
         self._position = 0
         self._pending: deque[Future[Step]] = deque()
         self._thread: ThreadPoolExecutor | None = None
@@ -214,10 +205,14 @@ class Loader:
         if self._thread is None:
             return
         self._thread.shutdown(wait=False, cancel_futures=True)
-        running = [future for future in self._pending if not future.cancelled()]
+        running: list[Future[Any]] = [future for future in self._pending if not future.cancelled()]
         self._pending.clear()
         self._thread = None
-        if wait(running, timeout_s).not_done:
+        started_at = time.monotonic()
+        stuck = wait(running, timeout_s).not_done
+        fetches = self._lanes.close()
+        stuck |= wait(fetches, max(0.0, timeout_s - (time.monotonic() - started_at))).not_done
+        if stuck:
             raise TimeoutError(
                 f"the loader's thread is still at work {timeout_s:g} s after close(); is the storage reachable?"
             )
@@ -233,6 +228,9 @@ class Loader:
         pieces = self.schedule.pieces(step)
         own = np.arange(self._rank, LANES, self._world)
         epochs, lanes, indices, parts = [], [], [], []
+        for epoch, begin, end in pieces:
+            for lane in own[end[own] > begin[own]].tolist():
+                self._lanes.expect(epoch, lane, int(begin[lane]))
         for epoch, begin, end in pieces:
             for lane in own[end[own] > begin[own]].tolist():
                 parts += self._lanes.read(epoch, lane, int(begin[lane]), int(end[lane]))
@@ -306,67 +304,6 @@ def _smallest(timelines: Timelines, plan: CutPlan, max_users: int, seed: int) ->
         if len(kept) > max_users:
             kept = np.partition(kept, max_users - 1)[:max_users]
     return np.uint64(kept.max()) if len(kept) else np.uint64(0)
-
-
-class _LaneReader:
-    """Rows of lanes in their epochs' orders: buckets by hash(seed, epoch, lane, bucket), users of a bucket by
-    hash(seed, epoch, bucket, user). Keeps the bucket in use of each lane, or (`keep_all`) every bucket.
-    """
-
-    def __init__(self, timelines: Timelines, seed: int, stats: LoaderStats, keep_all: bool) -> None:
-        self._timelines, self._seed, self._stats, self._keep_all = timelines, seed, stats, keep_all
-        self._users = timelines.bucket_users
-        self._buckets: dict[int, dict[int, Rows]] = {}  # lane -> bucket -> rows
-        self._order: dict[int, tuple[int, int, Int64]] = {}  # lane -> epoch, bucket, order of its rows
-        self._plan: dict[int, tuple[int, Int64, Int64]] = {}  # lane -> epoch, buckets in order, rows before each
-
-    @property
-    def none(self) -> Rows:
-        """No rows, with the columns that others have."""
-        return self._timelines.read([])
-
-    def read(self, epoch: int, lane: int, begin: int, end: int) -> list[Rows]:
-        """Rows [begin, end) of the lane's epoch, in one piece per bucket."""
-        buckets, before = self._lane(epoch, lane)
-        pieces = []
-        first = int(np.searchsorted(before, begin, side="right")) - 1
-        for place in range(first, int(np.searchsorted(before, end))):
-            bucket = int(buckets[place])
-            rows = self._bucket(lane, bucket)
-            order = self._row_order(epoch, lane, bucket, rows)
-            pieces.append(rows.take(order[max(begin - before[place], 0) : end - before[place]]))
-        return pieces
-
-    def _lane(self, epoch: int, lane: int) -> tuple[Int64, Int64]:
-        if lane not in self._plan or self._plan[lane][0] != epoch:
-            buckets = np.arange(lane, len(self._users), LANES)
-            buckets = buckets[self._users[buckets] > 0]
-            buckets = buckets[np.argsort(mix(self._seed, epoch, lane, buckets), kind="stable")]
-            users = self._users[buckets]
-            self._plan[lane] = (epoch, buckets, np.cumsum(users) - users)
-        return self._plan[lane][1:]
-
-    def _bucket(self, lane: int, bucket: int) -> Rows:
-        held = self._buckets.setdefault(lane, {})
-        if bucket not in held:
-            if not self._keep_all:
-                held.clear()
-            rows, size = self._timelines.read_measured([bucket])
-            if len(rows) != self._users[bucket]:
-                raise UserError(
-                    f"{self._timelines.uri}: bucket {bucket} has {len(rows)} users, its manifest says "
-                    f"{self._users[bucket]}; remove the artifact's folder and prepare again"
-                )
-            held[bucket] = rows
-            self._stats.rows_read += len(rows)
-            self._stats.bytes_read += size
-        return held[bucket]
-
-    def _row_order(self, epoch: int, lane: int, bucket: int, rows: Rows) -> Int64:
-        if lane not in self._order or self._order[lane][:2] != (epoch, bucket):
-            keys: UInt64 = mix(self._seed, epoch, bucket, rows.user_hash)
-            self._order[lane] = (epoch, bucket, np.argsort(keys, kind="stable").astype(np.int64))
-        return self._order[lane][2]
 
 
 def _check_world(world: int) -> None:

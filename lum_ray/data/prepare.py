@@ -26,6 +26,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from lum_ray import artifacts
 from lum_ray.artifacts import Artifact, UserError, join, storage
@@ -82,6 +83,7 @@ def prepare_timelines(
     """
     found = artifacts.find(uri)
     if found is not None:
+        _clean(uri)
         return found
     if tokenizer.columns:
         data = replace(data, behaviours=(), derived=(), horizons=())
@@ -94,7 +96,22 @@ def prepare_timelines(
         found = artifacts.find(uri)
         if found is None:
             raise
+        _clean(uri)
         return found
+
+
+def _clean(uri: str) -> None:
+    """Remove what killed or slower drivers left of a committed artifact: `_work/`, and half-written files."""
+    place = storage(uri)
+    work = join(uri, "_work")
+    if place.filesystem.get_file_info(storage(work).path).type != fs.FileType.NotFound:
+        artifacts.remove(work)
+        if place.is_local:
+            for parent, _, names in os.walk(place.path):
+                for name in names:
+                    if name.endswith(".tmp"):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(os.path.join(parent, name))
 
 
 def _build(
@@ -198,7 +215,7 @@ def _build(
             },
         }
     artifact = artifacts.commit(uri, manifest)
-    _remove(join(uri, "_work"))
+    _clean(uri)
     return artifact
 
 
@@ -379,10 +396,3 @@ def _too_many(data: Data, table: str, count: int, total: int, rejects: pa.Table,
         f"{data.max_reject_share:.2%}; mend them at the source, or raise data.max_reject_share to go on without them"
     )
     return UserError("\n".join([head, *lines, *more]))
-
-
-def _remove(uri: str) -> None:
-    place = storage(uri)
-    # another driver of the same artifact may have removed it already
-    with contextlib.suppress(FileNotFoundError):
-        place.filesystem.delete_dir(place.path)

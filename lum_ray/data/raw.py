@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lum_ray.artifacts import UserError, list_files, storage
+from lum_ray.artifacts import UserError, list_files, reach, storage
 from lum_ray.data import delta
 
 
@@ -133,6 +133,10 @@ def _footer(uri: str, root: str, table: str, missing: str | None = None) -> RawF
 
 def open_parquet(uri: str, missing: str | None = None) -> pq.ParquetFile:
     """The parquet file at `uri`. Raises UserError naming the file where it is none, is cut off or is missing."""
+    return reach(uri, lambda: _open_parquet(uri, missing))
+
+
+def _open_parquet(uri: str, missing: str | None) -> pq.ParquetFile:
     place = storage(uri)
     try:
         return pq.ParquetFile(place.filesystem.open_input_file(place.path), pre_buffer=not place.is_local)

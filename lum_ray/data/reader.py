@@ -7,6 +7,7 @@ Shapes: N users, A active days (all users together; events in sequences), U beha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from lum_ray import artifacts
 from lum_ray.artifacts import UserError
 from lum_ray.data.history import USER, History, as_numpy, check_days, clip, decode, merge, nothing, stacked
+from lum_ray.data.range_cache import RangeCache, Window
 from lum_ray.data.rows import Int32, Int64, Rows, Strings, hash_strings
 from lum_ray.data.windows import first_days
 
@@ -80,11 +82,32 @@ class Timelines:
         profiles = {"path": "profiles", "artifact": manifest.get("profiles_of")}
         self._profiles = _by_bucket([(folder_of(self.uri, profiles), manifest["profiles"] or [], ())])
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._cache: RangeCache | None = None
+        self._fetched: dict[tuple[str, int], Window] = {}
 
     @classmethod
     def open(cls, uri: str) -> Timelines:
         """The artifact at `uri` (local or s3://). Raises UserError where none is committed."""
         return cls(artifacts.open_artifact(uri))
+
+    def with_cache(self, cache: RangeCache) -> Timelines:
+        """The same timelines, whose buckets can be fetched ahead of being read."""
+        copied = copy.copy(self)
+        copied._cache, copied._fetched = cache, {}
+        return copied
+
+    def fetch(self, bucket: int) -> int:
+        """Bring a bucket to this machine for the next `read` of it. Returns the bytes that were asked of the store."""
+        assert self._cache is not None, "fetch() is for timelines with a cache"
+        asked = 0
+        for group in [*self._groups.get(bucket, []), *self._profiles.get(bucket, [])]:
+            if group.uri not in self._footers:
+                asked += self._read(group, ())[1]
+            begin, end = _extent(self._footers[group.uri].row_group(group.index))
+            content, size = self._cache.read(group.uri, begin, end)
+            self._fetched[group.uri, group.index] = Window(content, begin)
+            asked += size
+        return asked
 
     @cached_property
     def bucket_users(self) -> Int64:
@@ -153,10 +176,15 @@ class Timelines:
 
     def _read(self, group: _RowGroup, columns: Sequence[str] | None) -> tuple[pa.Table, int]:
         """The row group's `columns` (None: all) and the bytes that were asked for."""
+        return artifacts.reach(group.uri, lambda: self._read_once(group, columns))
+
+    def _read_once(self, group: _RowGroup, columns: Sequence[str] | None) -> tuple[pa.Table, int]:
         place = artifacts.storage(group.uri)
         size = 0
         try:
-            with place.filesystem.open_input_file(place.path) as stream:
+            # the fetched bytes serve one read, and were counted when they were fetched
+            fetched = self._fetched.pop((group.uri, group.index), None) if columns != () else None
+            with pa.PythonFile(fetched) if fetched else place.filesystem.open_input_file(place.path) as stream:
                 file = pq.ParquetFile(stream, metadata=self._footers.get(group.uri), pre_buffer=True)
                 if group.uri not in self._footers:
                     size += int(file.metadata.serialized_size)
@@ -177,7 +205,8 @@ class Timelines:
                         "prepare the timelines again"
                     )
                 chunks = [about.column(index) for index in range(about.num_columns)]
-                size += sum(int(chunk.total_compressed_size) for chunk in chunks if _root(chunk) in names)
+                if not fetched:
+                    size += sum(int(chunk.total_compressed_size) for chunk in chunks if _root(chunk) in names)
                 return file.read_row_group(group.index, columns=names).select(names), size
         except FileNotFoundError as error:
             raise UserError(
@@ -254,6 +283,13 @@ def _by_bucket(folders: Sequence[tuple[str, Sequence[Any], tuple[int, ...]]]) ->
                 entry = _RowGroup(uri, index, int(group["rows"]), len(groups), *days)
                 found.setdefault(int(group["bucket"]), []).append(entry)
     return dict(sorted(found.items()))
+
+
+def _extent(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    """The bytes [begin, end) of a row group's columns in its file."""
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    begins = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+    return min(begins), max(begin + chunk.total_compressed_size for begin, chunk in zip(begins, chunks, strict=True))
 
 
 def _root(chunk: pq.ColumnChunkMetaData) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from lum_ray.artifacts import Artifact, UserError, commit, find, join, open_artifact, read_bytes, storage, write_bytes
+from lum_ray.artifacts import Artifact, UserError, commit, download, find, join, open_artifact, storage, upload
 from lum_ray.data.rows import Rows, hash_strings
 
 FILE = "state.arrow"
@@ -41,8 +41,7 @@ def write_state(uri: str, buckets: Iterable[tuple[int, Rows]], log2_buckets: int
         if writer is None:
             raise UserError(f"{uri}: no users to publish; prepare timelines with at least one user first")
         writer.close()
-        with open(stream.name, "rb") as file:
-            write_bytes(join(uri, FILE), file.read())
+        upload(stream.name, join(uri, FILE))
     return commit(
         uri,
         {
@@ -111,15 +110,19 @@ class State:
 
     @staticmethod
     def open(uri: str) -> State:
-        """Open the snapshot at `uri` (on an object store: one download into a local file). Raises UserError."""
+        """Open the snapshot at `uri` (on an object store: one download to the local disk). Raises UserError."""
         artifact = open_artifact(uri)
-        place = storage(join(uri, str(artifact.manifest["file"])))
-        path = place.path
-        if not place.is_local:
-            path = os.path.join(tempfile.mkdtemp(prefix="lum_ray_state_"), FILE)
-            with open(path, "wb") as stream:
-                stream.write(read_bytes(join(uri, str(artifact.manifest["file"]))))
-        reader = pa.ipc.open_file(pa.memory_map(path))
+        file = join(uri, str(artifact.manifest["file"]))
+        place = storage(file)
+        if place.is_local:
+            memory = pa.memory_map(place.path)
+        else:
+            # a mapped file that has no name any more is gone with the process, however that ends
+            with tempfile.TemporaryDirectory(prefix="lum_ray_state_") as folder:
+                path = os.path.join(folder, FILE)
+                download(file, path)
+                memory = pa.memory_map(path)
+        reader = pa.ipc.open_file(memory)
         index = {
             int(bucket): int(place) for bucket, place in json.loads(json.dumps(artifact.manifest["buckets"])).items()
         }

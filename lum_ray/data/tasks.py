@@ -121,7 +121,8 @@ def run_task(job: Job, task: Task) -> Task:
     except FileNotFoundError:
         pass
     try:
-        made, rejects = (_map if task["stage"] == "map" else _merge)(job, task)
+        act = _map if task["stage"] == "map" else _merge
+        made, rejects = artifacts.reach(job.uri, lambda: act(job, task))
     except UserError as error:
         return {"error": str(error)}
     except FileNotFoundError as error:

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lum_ray.artifacts import UserError, join, list_files, open_artifact, storage
-from lum_ray.data.delta import storage_options
 from lum_ray.steps.prepare import Log, silent
 
 BATCH_ROWS = 1 << 17
@@ -36,7 +35,7 @@ def deliver(predictions: str, uri: str, log: Log = silent) -> int:
     schema = _with(pa.RecordBatch.from_pylist([], _schema(files[0])), values).schema
     reader = pa.RecordBatchReader.from_batches(schema, _batches(files, values))
     place = uri if "://" in uri else os.path.abspath(uri)
-    options = storage_options(uri)
+    options = dict(storage(uri).options)
     replaced = f"cut_day = {int(manifest['cut_day'])} AND checkpoint = '{checkpoint}'"
     there = deltalake.DeltaTable.is_deltatable(place, storage_options=options)
     try:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lum_ray import catalog, config, weights
-from lum_ray.artifacts import UserError, digest, find, join, open_artifact, storage, write_json
+from lum_ray.artifacts import UserError, digest, find, join, open_artifact, remove, write_json
 from lum_ray.config import Run
 from lum_ray.data.loader import Loader, evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -62,9 +62,8 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
     uri = checkpoint_uri(run, prepared)
     aligned = align_uri(run, prepared) if run.section.align_steps and run.section.fusion == "qformer" else None
     if fresh:
-        for place in map(storage, [uri, *([aligned] if aligned else [])]):
-            if place.filesystem.get_file_info(place.path).type.name == "Directory":
-                place.filesystem.delete_dir(place.path)
+        for stale in [uri, *([aligned] if aligned else [])]:
+            remove(stale)
     if find(uri) is not None:
         log("already trained")
         return uri

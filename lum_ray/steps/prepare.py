@@ -20,6 +20,7 @@ from lum_ray.artifacts import (
     find,
     fingerprint,
     join,
+    reaching,
     read_bytes,
     storage,
     write_bytes,
@@ -143,7 +144,8 @@ def _written(run: Run, log: Log) -> tuple[str, str]:
     if find(uri) is None:
         log(f"writing raw tables of {source.adapter}")
         place = storage(uri)
-        write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
+        with reaching(uri):
+            write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
         commit(uri, {"kind": "raw", "digest": name, "source": asdict(source)})
     return uri, name
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save as save_arrays
 
 from lum_ray import catalog, config
-from lum_ray.artifacts import UserError, commit, digest, find, join, open_artifact, storage, write_bytes, write_json
+from lum_ray.artifacts import UserError, commit, digest, find, join, open_artifact, remove, write_bytes, write_json
 from lum_ray.config import Run
 from lum_ray.data.loader import Loader, evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -68,9 +68,7 @@ def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
     prepared = prepare(run, log)
     uri = checkpoint_uri(run, prepared)
     if fresh:
-        place = storage(uri)
-        if place.filesystem.get_file_info(place.path).type.name == "Directory":
-            place.filesystem.delete_dir(place.path)
+        remove(uri)
     if find(uri) is not None:
         log("already trained")
         return uri

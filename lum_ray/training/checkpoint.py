@@ -28,7 +28,7 @@ import torch
 from pyarrow import fs
 from safetensors.torch import save_file
 
-from lum_ray.artifacts import MANIFEST, UserError, join, read_json, storage, write_json
+from lum_ray.artifacts import MANIFEST, UserError, download, join, read_json, remove, storage, upload, write_json
 from lum_ray.weights import KEEP, LOOP, MODEL, Step, steps
 
 STATE = "engine/state.safetensors"
@@ -80,9 +80,8 @@ def _fetch(step: Step, folder: str, local: bool) -> str | None:
         path = os.path.join(folder, name)
         try:
             if not local:
-                place = storage(join(step.uri, name))
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                fs.copy_files(place.path, path, place.filesystem, fs.LocalFileSystem(), use_threads=False)
+                download(join(step.uri, name), path)
             found = describe(path)
         except FileNotFoundError:
             return f"{name} is missing"
@@ -182,7 +181,7 @@ class Writer:
         place = storage(join(self.uri, which))
         for info in place.filesystem.get_file_info(fs.FileSelector(place.path)):
             if info.type == fs.FileType.Directory and info.base_name not in [old["folder"] for old in kept]:
-                place.filesystem.delete_dir(info.path)
+                remove(join(self.uri, which, info.base_name))
 
     def _scratch(self) -> str:
         """A new local folder, on the disk of the checkpoint where that is local."""
@@ -202,13 +201,13 @@ def _move(folder: str, uri: str) -> dict[str, Any]:
             path = os.path.join(parent, name)
             relative = os.path.relpath(path, folder).replace(os.sep, "/")
             files[relative] = describe(path)
-            target = join(place.path, relative)
             if place.is_local:
+                target = join(place.path, relative)
                 _sync(path)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 shutil.move(path, target)
             else:
-                fs.copy_files(path, target, fs.LocalFileSystem(), place.filesystem, use_threads=False)
+                upload(path, join(uri, relative))
     return files
 
 

@@ -23,6 +23,8 @@ from lum_ray.training.loop import DivergedError, Worker
 RESIZE_S = 60.0
 """A resize restarts the workers from the last checkpoint, so it should not come too often."""
 MakeLoop = Callable[[Worker], dict[str, Any]]
+PEERS_TIMEOUT_S = 600
+"""Long enough for the slowest wait that is none's fault: rank 0 scores a validation while the others wait for it."""
 
 
 def fit(
@@ -33,14 +35,16 @@ def fit(
     name: str = "train",
     max_failures: int = 3,
     min_workers: int | None = None,
+    peers_timeout_s: int = PEERS_TIMEOUT_S,
 ) -> dict[str, Any]:
     """Run `make_loop(worker)` on `workers` processes and return what it returned on rank 0.
 
     `make_loop` builds stage and loader and calls `train_loop`; it is pickled where there are several workers. `gpus`
     gives each worker one GPU. `storage_path` (a URI) keeps Ray's own records, of no use later. A crashed worker
-    restarts the group, `max_failures` times at most; with `min_workers` it starts again with as many workers as there
-    is room for, at least these, and is resized when machines come. Raises UserError where the session has too few CPUs
-    or GPUs, and whatever user error stopped the loop; else `ray.train.TrainingFailedError`.
+    restarts the group, `max_failures` times at most; so does one that hangs, once the others have waited
+    `peers_timeout_s` for it. With `min_workers` it starts again with as many workers as there is room for, at least
+    these, and is resized when machines come. Raises UserError where the session has too few CPUs or GPUs, and whatever
+    user error stopped the loop; else `ray.train.TrainingFailedError`.
     """
     _check(workers if min_workers is None else min_workers, gpus)
     if workers == 1:
@@ -60,7 +64,7 @@ def fit(
     place = storage(storage_path) if storage_path else None
     trainer = TorchTrainer(
         loop_per_worker,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=peers_timeout_s),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers if min_workers is None else (min_workers, workers),
             use_gpu=gpus,

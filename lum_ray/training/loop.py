@@ -191,7 +191,7 @@ class _Run:
                 telemetry = None
                 if self.worker.rank == 0:
                     telemetry = stack.enter_context(contextlib.closing(Telemetry(self.place, start)))
-                for note in [*(resumed.notes if resumed else ()), *(telemetry.notes if telemetry else ())]:
+                for note in resumed.notes if resumed else ():
                     line.note(note)
                 if start:
                     line.note(f"resumed at step {start} of {self.settings.steps}")

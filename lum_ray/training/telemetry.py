@@ -9,7 +9,9 @@ Shapes: K objective terms.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -19,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lum_ray.artifacts import join, read_bytes, storage, write_bytes
+from lum_ray.artifacts import join, read_bytes, storage, upload, write_bytes
 from lum_ray.training.engine import Engine, Outcome
 
-METRICS = "metrics.jsonl"
+METRICS, BOARD = "metrics.jsonl", "tensorboard"
 LINE_EVERY_S = 30.0
 
 
@@ -45,17 +47,16 @@ class Telemetry:
     """Writes metrics of rank 0. `resumed` is the number of steps done before (0: a new run, whose file is new)."""
 
     def __init__(self, uri: str, resumed: int) -> None:
-        self.uri, self.notes = uri, list[str]()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.uri = uri
         self._lines = [json.dumps(line) for line in read_metrics(uri) if line["step"] <= resumed]
         self._place = storage(join(uri, METRICS))
-        self.flush(whole=True)
-        self._board: Any = None
-        if self._place.is_local:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(storage(join(uri, "tensorboard")).path, purge_step=resumed + 1)
-        else:
-            self.notes.append(f"{uri}: no TensorBoard files in an object store; see {METRICS}")
+        self._write_lines()
+        # TensorBoard appends to its file, which an object store cannot: there it is written here, and copied
+        self._copied = None if self._place.is_local else tempfile.TemporaryDirectory(prefix="lum-ray-tensorboard-")
+        folder = self._copied.name if self._copied else storage(join(uri, BOARD)).path
+        self._board = SummaryWriter(folder, purge_step=resumed + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for `step` (the number of steps done)."""
@@ -65,19 +66,26 @@ class Telemetry:
                 stream.write(line + "\n")
         else:
             self._lines.append(line)
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
 
-    def flush(self, whole: bool = False) -> None:
-        """Make what was written last: an object store gets the whole file anew (a checkpoint calls this)."""
-        if whole or not self._place.is_local:
-            write_bytes(join(self.uri, METRICS), "".join(line + "\n" for line in self._lines).encode())
+    def flush(self) -> None:
+        """Make what was written last: an object store gets the whole files anew (a checkpoint calls this)."""
+        if self._copied is None:
+            return
+        self._write_lines()
+        self._board.flush()
+        for name in os.listdir(self._copied.name):
+            upload(os.path.join(self._copied.name, name), join(self.uri, BOARD, name))
+
+    def _write_lines(self) -> None:
+        write_bytes(join(self.uri, METRICS), "".join(line + "\n" for line in self._lines).encode())
 
     def close(self) -> None:
         self.flush()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
+        if self._copied:
+            self._copied.cleanup()
 
 
 class ProgressLine:

@@ -16,7 +16,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from lum_ray import artifacts
-from lum_ray.artifacts import Artifact, UserError, digest, join
+from lum_ray.artifacts import Artifact, UserError, digest, join, storage
 from lum_ray.config import Behaviour, Data, Events, Profiles
 from lum_ray.data import delta
 from lum_ray.data.prepare import prepare_timelines
@@ -34,8 +34,8 @@ def root(tmp_path: Path) -> str:
 
 
 def write(uri: str, table: pa.Table, **options: Any) -> DeltaTable:
-    write_deltalake(uri, table, storage_options=delta.storage_options(uri), **options)
-    return DeltaTable(uri, storage_options=delta.storage_options(uri))
+    write_deltalake(uri, table, storage_options=dict(storage(uri).options), **options)
+    return DeltaTable(uri, storage_options=dict(storage(uri).options))
 
 
 def data(**changes: Any) -> Data:

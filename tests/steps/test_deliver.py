@@ -8,8 +8,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from lum_ray.artifacts import UserError, commit, join, write_table
-from lum_ray.data.delta import storage_options
+from lum_ray.artifacts import UserError, commit, join, storage, write_table
 from lum_ray.evaluation.predictions import SCHEMA
 from lum_ray.evaluation.ranking_files import RANKING_SCHEMA
 from lum_ray.steps.deliver import deliver
@@ -34,7 +33,7 @@ def predictions(root: str, name: str, cut_day: int, checkpoint: str, users: int,
 
 
 def rows(uri: str) -> list[dict[str, Any]]:
-    table = pa.table(DeltaTable(uri, storage_options=storage_options(uri)).to_pyarrow_table())
+    table = pa.table(DeltaTable(uri, storage_options=dict(storage(uri).options)).to_pyarrow_table())
     return table.sort_by([(name, "ascending") for name in ("cut_day", "checkpoint", "user")]).to_pylist()
 
 

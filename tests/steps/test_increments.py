@@ -8,9 +8,8 @@ import pytest
 from deltalake import write_deltalake
 
 from lum_ray import catalog, config
-from lum_ray.artifacts import UserError
+from lum_ray.artifacts import UserError, storage
 from lum_ray.config import Run
-from lum_ray.data.delta import storage_options
 from lum_ray.run import Events
 from lum_ray.steps import compact
 from lum_ray.steps.prepare import columns_of, pinned, prepare_timelines
@@ -50,7 +49,9 @@ def test_new_files_are_continued_and_compacted(root: str) -> None:
 
 def test_a_table_is_pinned_to_the_version_that_is_read(root: str) -> None:
     for seed, days in enumerate([(0, 30), (28, 33)]):
-        write_deltalake(f"{root}/t", events(200, seed, *days), mode="append", storage_options=storage_options(root))
+        write_deltalake(
+            f"{root}/t", events(200, seed, *days), mode="append", storage_options=dict(storage(root).options)
+        )
     said: list[str] = []
     run = pinned(the_run(root, "t"), said.append)
     assert (run.data.events.version, said) == (1, [f"events: version 1 of {root}/t"])

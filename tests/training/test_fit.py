@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,35 @@ def test_two_workers_survive_a_crash(session: None, tmp_path: Path) -> None:
     assert result["step"] == 9
     assert result["resumed_from"] in (3, 6)
     assert [line["step"] for line in read_metrics(str(place))] == list(range(1, 10))
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_a_worker_that_hangs_is_given_up(session: None, tmp_path: Path) -> None:
+    """Rank 1 stops without a word, as on a machine that froze: rank 0 does not wait for it for ever."""
+    place = tmp_path / "run"
+
+    def loop(worker: Worker) -> dict[str, Any]:
+        import signal
+
+        from lum_ray.config import Train
+        from lum_ray.training.checkpoint import steps
+        from lum_ray.training.loop import train_loop
+        from tests.training.toy import ToyLoader, ToyStage
+
+        class Freezing(ToyLoader):
+            def seek(self, step: int) -> Any:
+                for item in super().seek(step):
+                    if worker.rank == 1 and step == 0 and item.index >= 5 and steps(str(place / "last")):
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    yield item
+
+        settings = Train(steps=9, checkpoint_every=3, validate_every=9, keep_best="eval/one")
+        loader = Freezing(rank=worker.rank, world=worker.world, pause_s=0.2)
+        return train_loop(ToyStage(0.2), loader, lambda module: {"eval/one": 1.0}, settings, str(place), worker, 1)
+
+    started_at = time.monotonic()
+    result = fit(loop, workers=2, storage_path=str(tmp_path / "ray"), max_failures=1, peers_timeout_s=8)
+    assert result["step"] == 9
+    assert result["resumed_from"] in (3, 6)
+    assert time.monotonic() - started_at < 200
