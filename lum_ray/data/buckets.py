@@ -52,7 +52,7 @@ def user_runs(user: pa.Array) -> npt.NDArray[np.int64]:
 
 def _slices(user: pa.Array, log2_buckets: int, files: int) -> npt.NDArray[np.int64]:
     encoded = user.dictionary_encode()
-    bucket = bucket_of(hash_strings(encoded.dictionary.to_pylist()), log2_buckets)
+    bucket = bucket_of(hash_strings(encoded.dictionary), log2_buckets)
     slices: npt.NDArray[np.int64] = bucket.astype(np.int64) * files >> log2_buckets
     chosen: npt.NDArray[np.int64] = slices[encoded.indices.to_numpy(zero_copy_only=False)]
     return chosen
@@ -66,8 +66,13 @@ def bucket_of(user_hash: UInt64, log2_buckets: int) -> npt.NDArray[np.int32]:
 def scatter(uri: str, table: pa.Table, log2_buckets: int, files: int) -> None:
     """Write `table` (it has `user`) as one Arrow file whose record batch i holds the rows that belong to file i."""
     table = table.combine_chunks()
-    slices = _slices(table["user"].combine_chunks(), log2_buckets, files) if table.num_rows else np.empty(0, np.int64)
-    table = table.take(pa.array(np.argsort(slices, kind="stable"))) if files > 1 and table.num_rows else table
+    user = table["user"].combine_chunks() if table.num_rows else None
+    slices = np.empty(0, np.int64) if user is None else _slices(user, log2_buckets, files)
+    # a file has one dictionary, which every reader of a slice would have to read
+    table = table.set_column(table.column_names.index("user"), "user", table["user"].cast(pa.string()))
+    if files > 1 and table.num_rows:
+        # numpy sorts 16 bits by radix; there are at most 4096 files
+        table = table.take(pa.array(np.argsort(slices.astype(np.uint16), kind="stable")))
     ends = np.cumsum(np.bincount(slices, minlength=files))
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -96,7 +101,7 @@ def timelines_of(daily: pa.Table, log2_buckets: int) -> pa.Table:
     daily = daily.combine_chunks()
     user, starts = daily["user"].combine_chunks(), user_runs(daily["user"].combine_chunks())
     names = user.take(pa.array(starts))
-    user_hash = hash_strings(names.to_pylist())
+    user_hash = hash_strings(names)
     lengths = np.diff(np.append(starts, daily.num_rows))
     order = _bucket_order(user_hash, log2_buckets)
     # the active days of the users, in the users' new order
@@ -115,7 +120,7 @@ def bucketed(table: pa.Table, log2_buckets: int) -> pa.Table:
     """A table of one row per user with bucket, user and user_hash in front, sorted by (bucket, hash, user)."""
     table = table.sort_by("user").combine_chunks()
     names = table["user"].combine_chunks()
-    user_hash = hash_strings(names.to_pylist())
+    user_hash = hash_strings(names)
     order = _bucket_order(user_hash, log2_buckets)
     rest = table.drop_columns(["user"]).take(pa.array(order))
     columns = dict(zip(rest.column_names, rest.columns, strict=True))

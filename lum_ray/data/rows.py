@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -129,18 +130,48 @@ def share(hashes: UInt64) -> npt.NDArray[np.float64]:
     return (hashes >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
-def hash_strings(texts: Sequence[str] | Strings) -> UInt64:
-    """A stable 64-bit hash of each text (its UTF-8 bytes, eight at a time), vectorised over texts."""
-    encoded = np.array([text.encode() for text in texts], dtype=np.bytes_) if len(texts) else np.empty(0, "S8")
-    width = max(8, -(-encoded.dtype.itemsize // 8) * 8)
-    words = encoded.astype(f"S{width}").view("<u8").reshape(len(encoded), width // 8)
-    lengths = np.array([len(text.encode()) for text in texts], np.int64)
+def hash_strings(texts: Sequence[str] | Strings | pa.Array) -> UInt64:
+    """A stable 64-bit hash of each text (its UTF-8 bytes, eight at a time, the last ones padded with zeros).
+
+    Vectorised over texts: it reads the buffers of an Arrow array of strings, which other sequences are made to.
+    """
+    array = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
+    if len(array) == 0:
+        return np.empty(0, np.uint64)
+    _, offsets, content = array.cast(pa.string()).buffers()
+    bounds = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    begin, lengths = bounds[:-1], np.diff(bounds)
+    # all words of eight bytes, one beginning at each byte
+    padded = (content.to_pybytes() if content is not None else b"") + bytes(8)
+    words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))
     state = mix(lengths)
-    # a text's hash must not depend on its neighbours' lengths: words past its own end are left out
-    for column in range(words.shape[1]):
-        inside = lengths > column * 8
-        state = np.where(inside, mix(state, words[:, column]), state)
+    # a text's hash must not depend on its neighbours: bytes past its own end are zero, words past it are left out
+    for at in range(0, int(lengths.max()), 8):
+        inside = np.flatnonzero(lengths > at)
+        over = 8 * np.maximum(at + 8 - lengths[inside], 0).astype(np.uint64)
+        word = words[begin[inside] + at] & (np.uint64(2**64 - 1) >> over)
+        state[inside] = mix(state[inside], word)
     return state
+
+
+def number_keys(keys: Int64, space: int) -> tuple[Int64, Int64]:
+    """The distinct ones (G,) of `keys` (A,), which lie in [0, space), ascending, and the place of each key among them.
+
+    As `np.unique` with its inverse, without a sort where the space is not much larger than the keys are many.
+    """
+    if space <= 16 * len(keys) + 1024:
+        there = np.zeros(space, np.bool_)
+        there[keys] = True
+        distinct = np.flatnonzero(there)
+        place = np.empty(space, np.int64)
+        place[distinct] = np.arange(len(distinct))
+        return distinct, place[keys]
+    encoded = pa.array(keys).dictionary_encode()
+    distinct = encoded.dictionary.to_numpy()
+    order = np.argsort(distinct)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return distinct[order], place[encoded.indices.to_numpy()]
 
 
 class HashIndex:

@@ -94,11 +94,15 @@ def _footer(uri: str, root: str, table: str) -> RawFile:
     return RawFile(uri, f"{table}/{below}", int(size or 0), groups, file.schema_arrow)
 
 
-def open_parquet(uri: str) -> pq.ParquetFile:
-    """The parquet file at `uri`. Raises UserError naming the file where it is none, is cut off or is missing."""
+def open_parquet(uri: str, dictionary: Sequence[str] = ()) -> pq.ParquetFile:
+    """The parquet file at `uri`; strings of the columns `dictionary` are read as dictionaries.
+
+    Raises UserError naming the file where it is none, is cut off or is missing.
+    """
     place = storage(uri)
     try:
-        return pq.ParquetFile(place.filesystem.open_input_file(place.path), pre_buffer=not place.is_local)
+        stream = place.filesystem.open_input_file(place.path)
+        return pq.ParquetFile(stream, pre_buffer=not place.is_local, read_dictionary=list(dictionary))
     except FileNotFoundError:
         raise UserError(f"{uri}: expected a parquet file, found nothing; was it moved while the job ran?") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -251,6 +255,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
 
     Returns (user string, day int32, the columns that the behaviours use; without behaviours but with `events.item`:
     item string, time_us and offset_min, see `to_instant`; with `events.id` also PROVENANCE, see `drop_repeats`).
+    Strings are dictionaries where they come as such.
     Rejected: a null user, a null time, a NaN or infinite number, a value finer than its behaviour's resolution or too
     large, a day outside [data.start, data.end), a null item, a null id.
     Raises UserError for missing or mistyped columns.
@@ -260,7 +265,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     check_user(require_in, data.events.user)
     check_time(require_in, data.events.time, data.time_zone)
     rejected = Rejected(file, first_row, table.num_rows)
-    user, time = pc.cast(_plain(table, data.events.user, file), pa.string()), table[data.events.time]
+    user, time = _text(_plain(table, data.events.user, file)), table[data.events.time]
     day = to_day(time, data.time_zone)
     rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
     rejected.add(mask(pc.is_null(time)), f"`{data.events.time}` is null")
@@ -280,8 +285,12 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
         if pa.types.is_floating(used[name].type):
             rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is {{}}", used[name])
     events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
+    measured: set[tuple[str | None, float]] = set()
     for item, aggregate in aggregates:
         if aggregate.function in ("sum", "min", "max", "mean"):
+            if (aggregate.expression, item.resolution) in measured:
+                continue  # the same numbers: what is wrong with them has been said
+            measured.add((aggregate.expression, item.resolution))
             value = aggregate.evaluate(events)
             units = to_units(value, item.resolution)
             rejected.add(units.infinite, f"{item.name}: {aggregate} is {{}}", value)
@@ -325,8 +334,10 @@ def read_events(
     one raw batch is in memory). Raises UserError naming the file where it cannot be read.
     """
     columns = _event_columns(data)
+    # rows that are aggregated repeat their strings; those kept one by one are sorted by them
+    dictionary = columns if data.behaviours and data.events.id is None else ()
     events, rejects = [], []
-    for batch, row in batches(uri, columns, row_groups, first_row, batch_rows):
+    for batch, row in batches(uri, columns, row_groups, first_row, batch_rows, dictionary):
         cleaned, bad = clean_events(batch, data, name or uri.rsplit("/", 1)[-1], row)
         events.append(each(cleaned))
         rejects.append(bad)
@@ -343,18 +354,37 @@ def _event_columns(data: Data) -> list[str]:
 
 
 def batches(
-    uri: str, columns: Sequence[str], row_groups: Sequence[int] | None, first_row: int, batch_rows: int
+    uri: str,
+    columns: Sequence[str],
+    row_groups: Sequence[int] | None,
+    first_row: int,
+    batch_rows: int,
+    dictionary: Sequence[str] = (),
 ) -> Iterator[tuple[pa.Table, int]]:
-    """Yield (table, its first row in the file) of a file's row groups, at most `batch_rows` at a time."""
-    file = open_parquet(uri)
+    """Yield (table, its first row in the file) of a file's row groups, at most `batch_rows` at a time.
+
+    Strings of the columns `dictionary` come as dictionaries.
+    """
+    file = open_parquet(uri, dictionary)
     groups = list(range(file.metadata.num_row_groups)) if row_groups is None else list(row_groups)
-    row = first_row
+    pieces: list[pa.RecordBatch] = []
+    row, held = first_row, 0
     try:
         for batch in file.iter_batches(batch_rows, row_groups=groups, columns=list(columns), use_threads=False):
-            yield pa.Table.from_batches([batch]), row
-            row += batch.num_rows
+            # a dictionary ends with its row group, and so does its batch
+            if held + batch.num_rows > batch_rows:
+                yield _joined(pieces), row
+                pieces, row, held = [], row + held, 0
+            pieces.append(batch)
+            held += batch.num_rows
     except (pa.ArrowInvalid, OSError) as error:
         raise unreadable(uri, error) from None
+    if pieces:
+        yield _joined(pieces), row
+
+
+def _joined(pieces: Sequence[pa.RecordBatch]) -> pa.Table:
+    return pa.Table.from_batches(pieces).unify_dictionaries().combine_chunks()
 
 
 def drop_repeats(events: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -376,6 +406,11 @@ def _plain(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
         return plain(table[name])
     except pa.ArrowInvalid as error:
         raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits: {error}; cast it") from None
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """As strings, or as the dictionary of strings that they came as."""
+    return column if pa.types.is_dictionary(column.type) else pc.cast(column, pa.string())
 
 
 def _decoded(found: pa.DataType) -> pa.DataType:
