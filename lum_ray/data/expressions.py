@@ -354,6 +354,11 @@ def to_units(values: pa.ChunkedArray, resolution: float) -> Units:
         values = pc.cast(values, pa.int64())
     array = values.combine_chunks()
     present = array.is_valid().to_numpy(zero_copy_only=False)
+    if 2 * array.null_count > len(array):
+        rows = np.flatnonzero(present)
+        few = to_units(pa.chunked_array([array.drop_null()]), resolution)
+        columns = (few.whole, few.present, few.infinite, few.finer, few.large)
+        return Units(*(_spread(column, rows, len(array)) for column in columns))
     numbers = pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
     if pa.types.is_integer(array.type) and resolution == 1:
         large = (numbers > MAX_UNITS) | (numbers < -MAX_UNITS)
@@ -369,3 +374,9 @@ def to_units(values: pa.ChunkedArray, resolution: float) -> Units:
         large = np.abs(quotient) > MAX_UNITS
     whole = np.where(large, 0, rounded).astype(np.int64)
     return Units(whole, present, infinite & present, finer & present & ~large, large & present)
+
+
+def _spread(values: npt.NDArray[Any], rows: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
+    spread = np.zeros(length, values.dtype)
+    spread[rows] = values
+    return spread

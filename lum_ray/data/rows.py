@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -154,24 +155,30 @@ def hash_strings(texts: Sequence[str] | Strings | pa.Array) -> UInt64:
     return state
 
 
-def number_keys(keys: Int64, space: int) -> tuple[Int64, Int64]:
-    """The distinct ones (G,) of `keys` (A,), which lie in [0, space), ascending, and the place of each key among them.
+def distinct_keys(keys: Int64, space: int) -> Int64:
+    """The distinct ones of `keys` (A,), which lie in [0, space), ascending.
 
-    As `np.unique` with its inverse, without a sort where the space is not much larger than the keys are many.
+    Without a sort where the space is not much larger than the keys are many.
     """
-    if space <= 16 * len(keys) + 1024:
-        there = np.zeros(space, np.bool_)
-        there[keys] = True
-        distinct = np.flatnonzero(there)
-        place = np.empty(space, np.int64)
-        place[distinct] = np.arange(len(distinct))
-        return distinct, place[keys]
-    encoded = pa.array(keys).dictionary_encode()
-    distinct = encoded.dictionary.to_numpy()
-    order = np.argsort(distinct)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    return distinct[order], place[encoded.indices.to_numpy()]
+    if space > SPARSE * len(keys):
+        return np.sort(pa.array(keys).unique().to_numpy())
+    there = np.zeros(space, np.bool_)
+    there[keys] = True
+    return np.flatnonzero(there)
+
+
+def number_keys(keys: Int64, space: int) -> tuple[Int64, Int32]:
+    """`distinct_keys` (G,), and the place of each key among them (A,)."""
+    distinct = distinct_keys(keys, space)
+    if space > SPARSE * len(keys):
+        return distinct, pc.index_in(pa.array(keys), value_set=pa.array(distinct)).to_numpy()
+    place = np.empty(space, np.int32)
+    place[distinct] = np.arange(len(distinct), dtype=np.int32)
+    return distinct, place[keys]
+
+
+SPARSE = 16
+"""A table of all keys pays while it is at most so many times as long as the list of keys."""
 
 
 class HashIndex:

@@ -327,11 +327,11 @@ def read_events(
     first_row: int = 0,
     batch_rows: int = 1 << 19,
     each: Callable[[pa.Table], pa.Table] = lambda events: events,
-) -> tuple[pa.Table, pa.Table]:
+) -> tuple[list[pa.Table], pa.Table]:
     """The cleaned events and the rejects of a file, or of some of its row groups (the first starting at `first_row`).
 
-    Read in batches of `batch_rows`; `each` is applied to every cleaned batch (prepare aggregates there, so that only
-    one raw batch is in memory). Raises UserError naming the file where it cannot be read.
+    Read in batches of `batch_rows`, a table each; `each` is applied to every cleaned batch (prepare aggregates there,
+    so that only one raw batch is in memory). Raises UserError naming the file where it cannot be read.
     """
     columns = _event_columns(data)
     # rows that are aggregated repeat their strings; those kept one by one are sorted by them
@@ -344,7 +344,7 @@ def read_events(
     if not events:
         empty = open_parquet(uri).schema_arrow.empty_table()
         events.append(each(clean_events(empty, data)[0]))
-    return pa.concat_tables(events, promote_options="permissive"), pa.concat_tables([REJECTS.empty_table(), *rejects])
+    return events, pa.concat_tables([REJECTS.empty_table(), *rejects])
 
 
 def _event_columns(data: Data) -> list[str]:

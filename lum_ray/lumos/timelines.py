@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lum_ray.data.expressions import Aggregate, Units, parse, to_units
-from lum_ray.data.rows import hash_strings, mix, number_keys
+from lum_ray.data.rows import Int32, distinct_keys, hash_strings, mix, number_keys
 
 TOKENIZER_VERSION = 1
 """Part of every digest: raise it whenever the same events could give other integers."""
@@ -61,12 +61,13 @@ def tokenize(events: pa.Table, behaviours: Sequence[Behaviour]) -> pa.Table:
 
 
 def partial(events: pa.Table, behaviours: Sequence[Behaviour]) -> pa.Table:
-    """A block's events as mergeable states: (user dictionary of strings, day, state columns), a row per user and day.
+    """A block's events as mergeable states: (user dictionary of strings, day, state columns), a row per user and day,
+    in the order of the users' dictionary, then by day.
 
     State columns: `<name>` int64 (null: no value yet) for sum, count, any, min, max; `<name>.sum` and `<name>.count`
     for mean; `<name>.values` list<int64> of distinct hashes for n_unique.
     """
-    groups = _Groups.of(events)
+    groups = _Groups.of(events["user"], events["day"])
     columns: dict[str, pa.Array] = {"user": groups.user, "day": groups.day}
     measured: dict[tuple[str | None, float], Units] = {}
     for behaviour in behaviours:
@@ -83,7 +84,7 @@ def merge(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.T
     if not partials:
         raise ValueError("merge: expected at least one partial table, got none")
     table = pa.concat_tables(partials).combine_chunks()
-    groups = _Groups.of(table)
+    groups = _Groups.of(_by_name(table["user"]), table["day"])
     columns: dict[str, pa.Array] = {"user": groups.user.cast(pa.string()), "day": groups.day}
     for behaviour in behaviours:
         aggregate = parse(behaviour.aggregate)
@@ -105,8 +106,20 @@ def merge(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.T
     return pa.table(columns)
 
 
-def _array(column: pa.ChunkedArray) -> pa.Array:
+def _array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    if isinstance(column, pa.Array):
+        return column
     return column.combine_chunks() if column.num_chunks else pa.array([], column.type)
+
+
+def _by_name(user: pa.ChunkedArray) -> pa.DictionaryArray:
+    """The same users with a dictionary that is sorted by name."""
+    encoded = _array(user).dictionary_encode()
+    order = pc.array_sort_indices(encoded.dictionary)
+    place = np.empty(len(order), np.int32)
+    place[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+    codes = place[encoded.indices.to_numpy(zero_copy_only=False)]
+    return pa.DictionaryArray.from_arrays(pa.array(codes), encoded.dictionary.take(order))
 
 
 def _states(name: str, aggregate: Aggregate) -> list[tuple[str, Operation]]:
@@ -199,26 +212,22 @@ _REDUCE: dict[str, tuple[np.ufunc, int]] = {
 
 @dataclass(frozen=True)
 class _Groups:
-    """Rows (N,) grouped by (user, day), G groups in that order."""
+    """Rows (N,) grouped by (user, day), G groups in the order of the users' dictionary, then by day."""
 
     user: pa.DictionaryArray  # (G,)
     day: pa.Array  # (G,)
-    of_row: Int64  # (N,)
+    of_row: Int32  # (N,)
 
     @staticmethod
-    def of(table: pa.Table) -> _Groups:
-        encoded = _array(table["user"]).dictionary_encode()
-        by_name = pc.array_sort_indices(encoded.dictionary).to_numpy(zero_copy_only=False)
-        rank = np.empty(len(by_name), np.int64)
-        rank[by_name] = np.arange(len(by_name))
-        user = rank[encoded.indices.to_numpy(zero_copy_only=False)]
-        day = _array(table["day"]).to_numpy(zero_copy_only=False).astype(np.int64)
-        first = int(day.min(initial=0))
-        days = int(day.max(initial=first)) - first + 1
-        keys, of_row = number_keys(user * days + (day - first), len(by_name) * days)
-        names = encoded.dictionary.take(pa.array(by_name))
-        coded = pa.DictionaryArray.from_arrays(pa.array(keys // days, pa.int32()), names)
-        return _Groups(coded, pa.array(keys % days + first, pa.int32()), of_row)
+    def of(user: pa.ChunkedArray | pa.Array, day: pa.ChunkedArray) -> _Groups:
+        encoded = _array(user).dictionary_encode()
+        codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        days = _array(day).to_numpy(zero_copy_only=False).astype(np.int64)
+        first = int(days.min(initial=0))
+        width = int(days.max(initial=first)) - first + 1
+        keys, of_row = number_keys(codes * width + (days - first), len(encoded.dictionary) * width)
+        names = pa.DictionaryArray.from_arrays(pa.array(keys // width, pa.int32()), encoded.dictionary)
+        return _Groups(names, pa.array(keys % width + first, pa.int32()), of_row)
 
     def reduce(self, operation: Operation, values: Int64, present: Bool | None) -> pa.Array:
         """One value a group, null where none of its rows is `present`; for `distinct` the sorted list of its values."""
@@ -243,13 +252,13 @@ class _Groups:
         return np.bincount(group, minlength=len(self.day)).astype(np.int64)
 
 
-def _distinct(group: Int64, values: Int64) -> tuple[Int64, Int64]:
+def _distinct(group: Int32, values: Int64) -> tuple[Int64, Int64]:
     """The distinct ones of the pairs (group, value) (V,), sorted."""
     encoded = pa.array(values).dictionary_encode()
     known = encoded.dictionary.to_numpy()
     by_value = np.argsort(known)
     rank = np.empty(len(known), np.int64)
     rank[by_value] = np.arange(len(known))
-    pairs = group * len(known) + rank[encoded.indices.to_numpy()]
-    found, _ = number_keys(pairs, (int(group.max(initial=-1)) + 1) * len(known))
+    pairs = group * np.int64(len(known)) + rank[encoded.indices.to_numpy()]
+    found = distinct_keys(pairs, (int(group.max(initial=-1)) + 1) * len(known))
     return found // max(len(known), 1), known[by_value][found % max(len(known), 1)]
