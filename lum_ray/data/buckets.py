@@ -24,7 +24,7 @@ from lum_ray.data.rows import UInt64, hash_strings
 MIN_LOG2_BUCKETS = 6
 BUCKET_USERS = 4096
 EVENTS_PER_USER = 32
-FILE_ROWS = 1 << 19
+FILE_ROWS = 1 << 21
 MAX_FILES = 4096
 
 
@@ -39,7 +39,7 @@ def choose_log2_buckets(event_rows: int, profile_rows: int) -> int:
 
 
 def choose_files(event_rows: int, log2_buckets: int) -> int:
-    """Files of a folder (a power of two): about 524,288 events behind each, which bounds the memory of making one."""
+    """Files of a folder (a power of two): about two million events behind each, which bounds the memory of making one."""
     return int(min(1 << (max(event_rows // FILE_ROWS, 1) - 1).bit_length(), 1 << log2_buckets, MAX_FILES))
 
 

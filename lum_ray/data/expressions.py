@@ -361,9 +361,10 @@ def to_units(values: pa.ChunkedArray, resolution: float) -> Units:
         return Units(*(_spread(column, rows, len(array)) for column in columns))
     numbers = pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
     if pa.types.is_integer(array.type) and resolution == 1:
-        large = (numbers > MAX_UNITS) | (numbers < -MAX_UNITS)
         none = np.zeros(len(numbers), np.bool_)
-        return Units(numbers.astype(np.int64), present, none, none, large)
+        bounded = max(-int(numbers.min(initial=0)), int(numbers.max(initial=0))) <= MAX_UNITS
+        large = none if bounded else (numbers > MAX_UNITS) | (numbers < -MAX_UNITS)
+        return Units(numbers.astype(np.int64, copy=False), present, none, none, large)
     with np.errstate(invalid="ignore", over="ignore"):
         quotient = numbers / resolution
         infinite = ~np.isfinite(quotient)

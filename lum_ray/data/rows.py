@@ -177,7 +177,7 @@ def number_keys(keys: Int64, space: int) -> tuple[Int64, Int32]:
     return distinct, place[keys]
 
 
-SPARSE = 16
+SPARSE = 32
 """A table of all keys pays while it is at most so many times as long as the list of keys."""
 
 

@@ -245,7 +245,7 @@ class Rejected:
 
 def mask(values: Any) -> Bool:
     """An Arrow condition as numpy, null as False."""
-    array = pc.fill_null(values, False)
+    array = pc.fill_null(values, False) if values.null_count else values
     array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     return np.asarray(array.to_numpy(zero_copy_only=False), np.bool_)
 
@@ -325,7 +325,7 @@ def read_events(
     name: str | None = None,
     row_groups: Sequence[int] | None = None,
     first_row: int = 0,
-    batch_rows: int = 1 << 19,
+    batch_rows: int = 1 << 18,
     each: Callable[[pa.Table], pa.Table] = lambda events: events,
 ) -> tuple[list[pa.Table], pa.Table]:
     """The cleaned events and the rejects of a file, or of some of its row groups (the first starting at `first_row`).

@@ -96,9 +96,8 @@ def merge(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.T
                 states.append(groups.count_distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False)))
             else:
                 present = state.is_valid().to_numpy(zero_copy_only=False) if state.null_count else None
-                values = pc.fill_null(state, 0).to_numpy(zero_copy_only=False)
-                reduced = groups.reduce(operation, values, present)
-                states.append(pc.fill_null(reduced, 0).to_numpy(zero_copy_only=False))
+                reduced = groups.reduce(operation, _or_0(state), present)
+                states.append(_or_0(reduced))
         value = _mean(*states) if aggregate.function == "mean" else states[0]
         columns[behaviour.name] = pa.array(
             (value > 0).astype(np.int64) if behaviour.kind == "binary" else value, pa.int64()
@@ -110,6 +109,11 @@ def _array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     if isinstance(column, pa.Array):
         return column
     return column.combine_chunks() if column.num_chunks else pa.array([], column.type)
+
+
+def _or_0(column: pa.Array) -> Int64:
+    filled: Int64 = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+    return filled
 
 
 def _by_name(user: pa.ChunkedArray) -> pa.DictionaryArray:
@@ -156,8 +160,8 @@ def _values(
     if aggregate.function in ("any", "count"):
         # count(condition) counts the rows where it holds, count(column) those where it is not null
         value = aggregate.evaluate(events)
-        holds = pc.fill_null(value, False) if pa.types.is_boolean(value.type) else pc.is_valid(value)
-        yield holds.to_numpy().astype(np.int64), None
+        holds = value if pa.types.is_boolean(value.type) else pc.is_valid(value)
+        yield (pc.fill_null(holds, False) if holds.null_count else holds).to_numpy().astype(np.int64), None
         return
     key = (aggregate.expression, behaviour.resolution)
     if key not in measured:
@@ -224,10 +228,10 @@ class _Groups:
         codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         days = _array(day).to_numpy(zero_copy_only=False).astype(np.int64)
         first = int(days.min(initial=0))
-        width = int(days.max(initial=first)) - first + 1
-        keys, of_row = number_keys(codes * width + (days - first), len(encoded.dictionary) * width)
-        names = pa.DictionaryArray.from_arrays(pa.array(keys // width, pa.int32()), encoded.dictionary)
-        return _Groups(names, pa.array(keys % width + first, pa.int32()), of_row)
+        bits = (int(days.max(initial=first)) - first).bit_length()
+        keys, of_row = number_keys((codes << bits) + (days - first), len(encoded.dictionary) << bits)
+        names = pa.DictionaryArray.from_arrays(pa.array((keys >> bits).astype(np.int32)), encoded.dictionary)
+        return _Groups(names, pa.array(((keys & ((1 << bits) - 1)) + first).astype(np.int32)), of_row)
 
     def reduce(self, operation: Operation, values: Int64, present: Bool | None) -> pa.Array:
         """One value a group, null where none of its rows is `present`; for `distinct` the sorted list of its values."""
@@ -259,6 +263,7 @@ def _distinct(group: Int32, values: Int64) -> tuple[Int64, Int64]:
     by_value = np.argsort(known)
     rank = np.empty(len(known), np.int64)
     rank[by_value] = np.arange(len(known))
-    pairs = group * np.int64(len(known)) + rank[encoded.indices.to_numpy()]
-    found = distinct_keys(pairs, (int(group.max(initial=-1)) + 1) * len(known))
-    return found // max(len(known), 1), known[by_value][found % max(len(known), 1)]
+    bits = max(len(known) - 1, 0).bit_length()
+    pairs = (group.astype(np.int64) << bits) + rank[encoded.indices.to_numpy()]
+    found = distinct_keys(pairs, (int(group.max(initial=-1)) + 1) << bits)
+    return found >> bits, known[by_value][found & ((1 << bits) - 1)]
