@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -234,11 +235,12 @@ class Loader:
         own = np.arange(self._rank, LANES, self._world)
         epochs, lanes, indices, parts = [], [], [], []
         for epoch, begin, end in pieces:
+            lane_of, index = expand(begin[own], end[own])
             for lane in own[end[own] > begin[own]].tolist():
                 parts += self._lanes.read(epoch, lane, int(begin[lane]), int(end[lane]))
-                indices.append(np.arange(begin[lane], end[lane]))
-                lanes.append(np.full(len(indices[-1]), lane))
-                epochs.append(np.full(len(indices[-1]), epoch))
+            indices.append(index)
+            lanes.append(own[lane_of])
+            epochs.append(np.full(len(index), epoch))
         rows = Rows.concat(parts) if parts else self._lanes.none
         nothing = [np.zeros(0, np.int64)]
         epoch_N, lane_N, index_N = (np.concatenate(nothing + column) for column in (epochs, lanes, indices))
@@ -317,8 +319,8 @@ class _LaneReader:
         self._timelines, self._seed, self._stats, self._keep_all = timelines, seed, stats, keep_all
         self._users = timelines.bucket_users
         self._buckets: dict[int, dict[int, Rows]] = {}  # lane -> bucket -> rows
-        self._order: dict[int, tuple[int, int, Int64]] = {}  # lane -> epoch, bucket, order of its rows
-        self._plan: dict[int, tuple[int, Int64, Int64]] = {}  # lane -> epoch, buckets in order, rows before each
+        self._ordered: dict[int, tuple[int, int, Rows]] = {}  # lane -> epoch, bucket, its rows in that epoch's order
+        self._plan: dict[int, tuple[int, list[int], list[int]]] = {}  # lane -> epoch, buckets in order, rows before each
 
     @property
     def none(self) -> Rows:
@@ -329,21 +331,18 @@ class _LaneReader:
         """Rows [begin, end) of the lane's epoch, in one piece per bucket."""
         buckets, before = self._lane(epoch, lane)
         pieces = []
-        first = int(np.searchsorted(before, begin, side="right")) - 1
-        for place in range(first, int(np.searchsorted(before, end))):
-            bucket = int(buckets[place])
-            rows = self._bucket(lane, bucket)
-            order = self._row_order(epoch, lane, bucket, rows)
-            pieces.append(rows.take(order[max(begin - before[place], 0) : end - before[place]]))
+        for place in range(bisect_right(before, begin) - 1, bisect_left(before, end)):
+            rows = self._in_order(epoch, lane, buckets[place])
+            pieces.append(rows.slice(max(begin - before[place], 0), min(end - before[place], len(rows))))
         return pieces
 
-    def _lane(self, epoch: int, lane: int) -> tuple[Int64, Int64]:
+    def _lane(self, epoch: int, lane: int) -> tuple[list[int], list[int]]:
         if lane not in self._plan or self._plan[lane][0] != epoch:
             buckets = np.arange(lane, len(self._users), LANES)
             buckets = buckets[self._users[buckets] > 0]
             buckets = buckets[np.argsort(mix(self._seed, epoch, lane, buckets), kind="stable")]
             users = self._users[buckets]
-            self._plan[lane] = (epoch, buckets, np.cumsum(users) - users)
+            self._plan[lane] = (epoch, buckets.tolist(), (np.cumsum(users) - users).tolist())
         return self._plan[lane][1:]
 
     def _bucket(self, lane: int, bucket: int) -> Rows:
@@ -362,11 +361,13 @@ class _LaneReader:
             self._stats.bytes_read += size
         return held[bucket]
 
-    def _row_order(self, epoch: int, lane: int, bucket: int, rows: Rows) -> Int64:
-        if lane not in self._order or self._order[lane][:2] != (epoch, bucket):
+    def _in_order(self, epoch: int, lane: int, bucket: int) -> Rows:
+        # the whole bucket at once: a step takes a few rows of each lane, and 64 small selections cost more than it
+        if lane not in self._ordered or self._ordered[lane][:2] != (epoch, bucket):
+            rows = self._bucket(lane, bucket)
             keys: UInt64 = mix(self._seed, epoch, bucket, rows.user_hash)
-            self._order[lane] = (epoch, bucket, np.argsort(keys, kind="stable").astype(np.int64))
-        return self._order[lane][2]
+            self._ordered[lane] = (epoch, bucket, rows.take(np.argsort(keys, kind="stable")))
+        return self._ordered[lane][2]
 
 
 def _check_world(world: int) -> None:

@@ -56,6 +56,21 @@ class Rows:
             profile={name: column[index] for name, column in self.profile.items()},
         )
 
+    def slice(self, begin: int, end: int) -> Rows:
+        """The users [begin, end), as views of the same memory."""
+        first, stop = int(self.offsets[begin]), int(self.offsets[end])
+        return Rows(
+            user=self.user[begin:end],
+            user_hash=self.user_hash[begin:end],
+            offsets=self.offsets[begin : end + 1] - first,
+            days=self.days[first:stop],
+            values=self.values[first:stop],
+            first_day=self.first_day[begin:end],
+            end_day=self.end_day[begin:end],
+            segment=self.segment[begin:end],
+            profile={name: column[begin:end] for name, column in self.profile.items()},
+        )
+
     @staticmethod
     def concat(pieces: Sequence[Rows]) -> Rows:
         """The users of all pieces, in order. The pieces have the same behaviours and profile columns."""
