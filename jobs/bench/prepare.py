@@ -8,11 +8,11 @@
 - prepare/polars_forced_ray/events_per_s: the same with `engine: ray`.
 - prepare/map_groups/events_per_s: at 2 million events beside Ray Data's groupby().map_groups, which is given at most
   --map-groups-s (then the ratio is a lower bound).
-- prepare/memory/gib: the largest PSS of our processes and the Ray session, while --events were prepared by either engine.
+- prepare/memory/gib: the largest PSS of our processes and the Ray session while either engine prepared --events.
 - prepare/growth/ratio: the time of twice --events over that of a fifth of it: ten times the work.
 
-Before the clock starts, the tables of lum_ray, polars and DuckDB are compared at --events: exit code 1 where they differ
-in any row, or a bar is missed.
+Before the clock starts, the tables of lum_ray, polars and DuckDB are compared at --events. The exit code is 1 where
+they differ in any row, or a bar is missed.
 """
 
 from __future__ import annotations

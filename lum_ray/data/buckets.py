@@ -39,7 +39,7 @@ def choose_log2_buckets(event_rows: int, profile_rows: int) -> int:
 
 
 def choose_files(event_rows: int, log2_buckets: int) -> int:
-    """Files of a folder (a power of two): about two million events behind each, which bounds the memory of making one."""
+    """Files of a folder (a power of two): about two million events behind each, which bounds the memory of a merge."""
     return int(min(1 << (max(event_rows // FILE_ROWS, 1) - 1).bit_length(), 1 << log2_buckets, MAX_FILES))
 
 

@@ -299,7 +299,8 @@ def _known_type(value: Any, data_type: pa.DataType) -> Any:
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column as int64, float64, bool, string or null. Raises ArrowNotImplementedError for other types.
 
-    Strings that come as a dictionary stay one: a comparison then looks at each distinct string once. float32 is read as the decimal of seven digits that it was written from (29.99, not 29.98999977), if there is one.
+    Strings that come as a dictionary stay one: a comparison then looks at each distinct string once. float32 is read as
+    the decimal of seven digits that it was written from (29.99, not 29.98999977), if there is one.
     """
     found = column.type
     if pa.types.is_dictionary(found):

@@ -320,7 +320,7 @@ class _LaneReader:
         self._users = timelines.bucket_users
         self._buckets: dict[int, dict[int, Rows]] = {}  # lane -> bucket -> rows
         self._ordered: dict[int, tuple[int, int, Rows]] = {}  # lane -> epoch, bucket, its rows in that epoch's order
-        self._plan: dict[int, tuple[int, list[int], list[int]]] = {}  # lane -> epoch, buckets in order, rows before each
+        self._plan: dict[int, tuple[int, list[int], list[int]]] = {}  # lane -> epoch, buckets, rows before each
 
     @property
     def none(self) -> Rows:

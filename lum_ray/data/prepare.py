@@ -7,9 +7,10 @@ times slower, and cannot restart; here every task leaves its result behind under
 job goes on where it was. `_work/` is removed after the commit.
 
 Both engines run the same tasks, within the same memory. `auto` is local unless this process is in a Ray cluster of
-several machines: on one machine threads do the same work without sending it to processes. The bytes do not depend on the engine, the workers, the blocks, or the order in which files come. With
-`events.id` the events are not aggregated before the shuffle, since a repeated row may be in another block; a repeat
-is a row with the same user and id, and the first by (file, row) stays.
+several machines: on one machine threads do the same work without sending it to processes. The bytes do not depend on
+the engine, the workers, the blocks, or the order in which files come. With `events.id` the events are not aggregated
+before the shuffle, since a repeated row may be in another block; a repeat is a row with the same user and id, and the
+first by (file, row) stays.
 """
 
 from __future__ import annotations
