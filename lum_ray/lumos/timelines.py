@@ -239,7 +239,7 @@ class _Groups:
         of_row, values = (self.of_row, values) if rows is None else (self.of_row[rows], values[rows])
         if operation == "distinct":
             group, distinct = _distinct(of_row, values)
-            offsets = np.searchsorted(group, np.arange(len(self.day) + 1)).astype(np.int32)
+            offsets = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=len(self.day)))]).astype(np.int32)
             return pa.ListArray.from_arrays(pa.array(offsets), pa.array(distinct, pa.int64()))
         ufunc, neutral = _REDUCE[operation]
         reduced = np.full(len(self.day), neutral, np.int64)
