@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PEERS ?= .venv-peers
+STREAMING ?= .venv-streaming
 RUNS ?= runs
 MINUTES ?= 30
 
@@ -17,14 +18,20 @@ $(VENV)/.installed: pyproject.toml cluster/requirements.lock cluster/weights.txt
 	$(BIN)/python -m jobs.weights
 	touch $@
 
-# RecTools needs older packages than lum_ray, so the benchmarks' peers live apart: `jobs/bench/quality_gts.py` runs them.
-peers: $(PEERS)/.installed
+# The benchmarks' peers need older packages than lum_ray, and so they live apart: RecTools (`jobs/bench/quality_gts.py` runs
+# it) and MosaicML streaming (`jobs/bench/loader.py`), which do not go together either.
+peers: $(PEERS)/.installed $(STREAMING)/.installed
 
 # recbole, for the data ml-100k that it carries, without what it depends on: none of its code is run.
 $(PEERS)/.installed: cluster/peers.lock
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r cluster/peers.lock
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps recbole==1.2.1
+	touch $@
+
+$(STREAMING)/.installed: cluster/streaming.lock
+	test -x $(STREAMING)/bin/python || $(PYTHON) -m venv $(STREAMING)
+	$(STREAMING)/bin/python -m pip install --quiet --disable-pip-version-check -r cluster/streaming.lock
 	touch $@
 
 demo: env
@@ -50,6 +57,9 @@ bench: env
 	$(BIN)/python -m jobs.bench.quality_lumos --dataset simulator --quick
 	$(BIN)/python -m jobs.bench.ablations_lumos --dataset simulator --only pad --quick
 	$(BIN)/python -m jobs.bench.ablations_gts --dataset simulator --only target --quick
+	$(BIN)/python -m jobs.bench.prepare --quick
+	$(BIN)/python -m jobs.bench.bytes --quick
+	$(BIN)/python -m jobs.bench.loader --quick --peers $(STREAMING)/bin/python
 
 clean:
 	rm -rf $(RUNS) build *.egg-info .mypy_cache .ruff_cache .import_linter_cache

@@ -7,6 +7,7 @@ from blocks, workers or the order of files. Shapes: A rows of (user, day), N use
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from lum_ray.data.rows import UInt64, hash_strings
 MIN_LOG2_BUCKETS = 6
 BUCKET_USERS = 4096
 EVENTS_PER_USER = 32
-FILE_ROWS = 1 << 19
+FILE_ROWS = 1 << 21
 MAX_FILES = 4096
 
 
@@ -38,7 +39,7 @@ def choose_log2_buckets(event_rows: int, profile_rows: int) -> int:
 
 
 def choose_files(event_rows: int, log2_buckets: int) -> int:
-    """Files of a folder (a power of two): about 524,288 events behind each, which bounds the memory of making one."""
+    """Files of a folder (a power of two): about two million events behind each, which bounds the memory of a merge."""
     return int(min(1 << (max(event_rows // FILE_ROWS, 1) - 1).bit_length(), 1 << log2_buckets, MAX_FILES))
 
 
@@ -50,11 +51,30 @@ def user_runs(user: pa.Array) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.concatenate([[True], new])).astype(np.int64)
 
 
+def by_file(user: pa.ChunkedArray, log2_buckets: int, files: int) -> pa.DictionaryArray:
+    """The same users with a dictionary in the order of the files that they belong to.
+
+    What is grouped in the order of such a dictionary needs no other order for `scatter`.
+    """
+    encoded = user.combine_chunks().dictionary_encode()
+    # numpy sorts 16 bits by radix; there are at most 4096 files
+    order = np.argsort(_file_of(encoded.dictionary, log2_buckets, files).astype(np.uint16), kind="stable")
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
+    codes = place[encoded.indices.to_numpy(zero_copy_only=False)]
+    return pa.DictionaryArray.from_arrays(pa.array(codes), encoded.dictionary.take(pa.array(order)))
+
+
+def _file_of(names: pa.Array, log2_buckets: int, files: int) -> npt.NDArray[np.int64]:
+    bucket = bucket_of(hash_strings(names), log2_buckets)
+    return bucket.astype(np.int64) * files >> log2_buckets
+
+
 def _slices(user: pa.Array, log2_buckets: int, files: int) -> npt.NDArray[np.int64]:
     encoded = user.dictionary_encode()
-    bucket = bucket_of(hash_strings(encoded.dictionary.to_pylist()), log2_buckets)
-    slices: npt.NDArray[np.int64] = bucket.astype(np.int64) * files >> log2_buckets
-    chosen: npt.NDArray[np.int64] = slices[encoded.indices.to_numpy(zero_copy_only=False)]
+    chosen: npt.NDArray[np.int64] = _file_of(encoded.dictionary, log2_buckets, files)[
+        encoded.indices.to_numpy(zero_copy_only=False)
+    ]
     return chosen
 
 
@@ -63,19 +83,29 @@ def bucket_of(user_hash: UInt64, log2_buckets: int) -> npt.NDArray[np.int32]:
     return (user_hash & np.uint64((1 << log2_buckets) - 1)).astype(np.int32)
 
 
-def scatter(uri: str, table: pa.Table, log2_buckets: int, files: int) -> None:
-    """Write `table` (it has `user`) as one Arrow file whose record batch i holds the rows that belong to file i."""
-    table = table.combine_chunks()
-    slices = _slices(table["user"].combine_chunks(), log2_buckets, files) if table.num_rows else np.empty(0, np.int64)
-    table = table.take(pa.array(np.argsort(slices, kind="stable"))) if files > 1 and table.num_rows else table
-    ends = np.cumsum(np.bincount(slices, minlength=files))
+def scatter(uri: str, tables: Sequence[pa.Table], log2_buckets: int, files: int) -> None:
+    """Write `tables` (they have `user`) as one Arrow file whose record batch i holds the rows that belong to file i."""
+    pieces: list[list[pa.Table]] = [[] for _ in range(files)]
+    for table in tables:
+        table = table.combine_chunks()
+        user = table["user"].combine_chunks() if table.num_rows else pa.array([], pa.string())
+        slices = _slices(user, log2_buckets, files)
+        if np.any(slices[1:] < slices[:-1]):
+            order = np.argsort(slices.astype(np.uint16), kind="stable")
+            table, slices = table.take(pa.array(order)), slices[order]
+        # written out: a file has one dictionary, which every reader of a slice would have to read
+        table = table.set_column(table.column_names.index("user"), "user", table["user"].cast(pa.string()))
+        bounds = np.searchsorted(slices, np.arange(files + 1))
+        for index, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
+            pieces[index].append(table.slice(begin, end - begin))
+    joined = [pa.concat_tables(parts, promote_options="permissive").combine_chunks() for parts in pieces]
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
-        for begin, end in zip((0, *ends[:-1]), ends, strict=True):
-            arrays = [column.slice(begin, end - begin).combine_chunks() for column in table.columns]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=table.schema))
-    write_bytes(uri, sink.getvalue().to_pybytes())
+    with pa.ipc.new_file(sink, joined[0].schema, options=options) as writer:
+        for table in joined:
+            columns = [column.combine_chunks() for column in table.columns]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table.schema))
+    write_bytes(uri, sink.getvalue())
 
 
 def gather(uris: Sequence[str], index: int) -> pa.Table:
@@ -123,7 +153,7 @@ def timelines_of(daily: pa.Table, log2_buckets: int) -> pa.Table:
     daily = daily.combine_chunks()
     user, starts = daily["user"].combine_chunks(), user_runs(daily["user"].combine_chunks())
     names = user.take(pa.array(starts))
-    user_hash = hash_strings(names.to_pylist())
+    user_hash = hash_strings(names)
     lengths = np.diff(np.append(starts, daily.num_rows))
     order = _bucket_order(user_hash, log2_buckets)
     # the active days of the users, in the users' new order
@@ -142,7 +172,7 @@ def bucketed(table: pa.Table, log2_buckets: int) -> pa.Table:
     """A table of one row per user with bucket, user and user_hash in front, sorted by (bucket, hash, user)."""
     table = table.sort_by("user").combine_chunks()
     names = table["user"].combine_chunks()
-    user_hash = hash_strings(names.to_pylist())
+    user_hash = hash_strings(names)
     order = _bucket_order(user_hash, log2_buckets)
     rest = table.drop_columns(["user"]).take(pa.array(order))
     columns = dict(zip(rest.column_names, rest.columns, strict=True))
@@ -170,13 +200,23 @@ def write_buckets(uri: str, table: pa.Table) -> tuple[list[dict[str, int]], int]
     Returns (the manifest's row_groups, the size in bytes).
     """
     buckets, counts = np.unique(table["bucket"].to_numpy(), return_counts=True)
+    lists = [
+        field.name
+        for field in table.schema
+        if pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type)
+    ]
+    # whole numbers of a few bits, day after day: packed they are written and read faster than by way of a dictionary
+    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in lists}
+    rest = [name for name in table.column_names if name not in lists and name not in ("user", "user_hash")]
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", use_dictionary=rest, column_encoding=encoding, write_statistics=False
+    ) as writer:
         begin = 0
         for count in counts.tolist():
             writer.write_table(table.slice(begin, count), row_group_size=count)
             begin += count
-    content = sink.getvalue().to_pybytes()
+    content = sink.getvalue()
     write_bytes(uri, content)
     groups = [{"bucket": bucket, "rows": rows} for bucket, rows in zip(buckets.tolist(), counts.tolist(), strict=True)]
     return groups, len(content)

@@ -179,7 +179,7 @@ def _columns(node: ast.expr, aggregate: str) -> set[str]:
 def _kind(data_type: pa.DataType) -> str:
     if pa.types.is_boolean(data_type):
         return "a condition"
-    return "a string" if pa.types.is_string(data_type) else "a number"
+    return "a string" if pa.types.is_string(data_type) or pa.types.is_dictionary(data_type) else "a number"
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class _Evaluation:
             self._same_kind(left, value, right, constants)
             if _kind(value.type) != "a string" and value.type != constants.type:
                 value, constants = pc.cast(value, pa.float64(), safe=False), constants.cast(pa.float64())
-            inside = pc.is_in(value, value_set=constants)
+            inside = _of_distinct(lambda found: pc.is_in(found, value_set=constants), value)
             # is_in says false for a null; here it is unknown, so that `not in` does not hold for it either
             inside = pc.if_else(pc.is_valid(value), inside, pa.scalar(None, pa.bool_()))
             return inside if isinstance(op, ast.In) else pc.invert(inside)
@@ -266,7 +266,10 @@ class _Evaluation:
         self._same_kind(left, value, right, other)
         if pa.types.is_boolean(value.type) != pa.types.is_boolean(other.type):
             value, other = pc.cast(value, pa.float64()), pc.cast(other, pa.float64())
-        return _COMPARISON[type(op)](value, other)
+        compare = _COMPARISON[type(op)]
+        if isinstance(other, pa.Scalar):
+            return _of_distinct(lambda found: compare(found, other), value)
+        return compare(_written_out(value), _written_out(other))
 
     def _same_kind(self, left: ast.expr, value: Any, right: ast.expr, other: Any) -> None:
         if (_kind(value.type) == "a string") != (_kind(other.type) == "a string"):
@@ -276,18 +279,33 @@ class _Evaluation:
             )
 
 
+def _of_distinct(condition: Callable[[Any], Any], value: Any) -> Any:
+    """The condition on `value`, asked once of each distinct one where it comes as a dictionary."""
+    if not pa.types.is_dictionary(value.type):
+        return condition(value)
+    return pa.chunked_array([condition(part.dictionary).take(part.indices) for part in value.chunks], pa.bool_())
+
+
+def _written_out(value: Any) -> Any:
+    return pc.cast(value, value.type.value_type) if pa.types.is_dictionary(value.type) else value
+
+
 def _known_type(value: Any, data_type: pa.DataType) -> Any:
     """A column of nothing but nulls, which a file may hold without a type, takes the type that is asked of it."""
+    data_type = data_type.value_type if pa.types.is_dictionary(data_type) else data_type
     return pc.cast(value, data_type) if pa.types.is_null(value.type) else value
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column as int64, float64, bool, string or null. Raises ArrowNotImplementedError for other types.
 
-    float32 is read as the decimal of seven digits that it was written from (29.99, not 29.98999977), if there is one.
+    Strings that come as a dictionary stay one: a comparison then looks at each distinct string once. float32 is read as
+    the decimal of seven digits that it was written from (29.99, not 29.98999977), if there is one.
     """
     found = column.type
     if pa.types.is_dictionary(found):
+        if pa.types.is_string(found.value_type):
+            return column
         column = pc.cast(column, found.value_type)
         found = column.type
     if (
@@ -337,11 +355,17 @@ def to_units(values: pa.ChunkedArray, resolution: float) -> Units:
         values = pc.cast(values, pa.int64())
     array = values.combine_chunks()
     present = array.is_valid().to_numpy(zero_copy_only=False)
+    if 2 * array.null_count > len(array):
+        rows = np.flatnonzero(present)
+        few = to_units(pa.chunked_array([array.drop_null()]), resolution)
+        columns = (few.whole, few.present, few.infinite, few.finer, few.large)
+        return Units(*(_spread(column, rows, len(array)) for column in columns))
     numbers = pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
     if pa.types.is_integer(array.type) and resolution == 1:
-        large = (numbers > MAX_UNITS) | (numbers < -MAX_UNITS)
         none = np.zeros(len(numbers), np.bool_)
-        return Units(numbers.astype(np.int64), present, none, none, large)
+        bounded = max(-int(numbers.min(initial=0)), int(numbers.max(initial=0))) <= MAX_UNITS
+        large = none if bounded else (numbers > MAX_UNITS) | (numbers < -MAX_UNITS)
+        return Units(numbers.astype(np.int64, copy=False), present, none, none, large)
     with np.errstate(invalid="ignore", over="ignore"):
         quotient = numbers / resolution
         infinite = ~np.isfinite(quotient)
@@ -352,3 +376,9 @@ def to_units(values: pa.ChunkedArray, resolution: float) -> Units:
         large = np.abs(quotient) > MAX_UNITS
     whole = np.where(large, 0, rounded).astype(np.int64)
     return Units(whole, present, infinite & present, finer & present & ~large, large & present)
+
+
+def _spread(values: npt.NDArray[Any], rows: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
+    spread = np.zeros(length, values.dtype)
+    spread[rows] = values
+    return spread

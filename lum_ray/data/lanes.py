@@ -5,6 +5,7 @@ Shapes: L = 64 lanes, N users.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,8 @@ class LaneReader:
         self._timelines, self._seed, self._stats, self._keep_all = timelines, seed, stats, keep_all
         self._users = timelines.bucket_users
         self._buckets: dict[int, dict[int, Rows]] = {}  # lane -> bucket -> rows
-        self._order: dict[int, tuple[int, int, Int64]] = {}  # lane -> epoch, bucket, order of its rows
-        self._plan: dict[int, tuple[int, Int64, Int64]] = {}  # lane -> epoch, buckets in order, rows before each
+        self._ordered: dict[int, tuple[int, int, Rows]] = {}  # lane -> epoch, bucket, its rows in that epoch's order
+        self._plan: dict[int, tuple[int, list[int], list[int]]] = {}  # lane -> epoch, buckets, rows before each
         self._ahead = ahead
         self._fetches: dict[int, Future[int]] = {}  # bucket -> bytes asked of the store
         self._pool: ThreadPoolExecutor | None = None
@@ -60,22 +61,19 @@ class LaneReader:
         """Rows [begin, end) of the lane's epoch, in one piece per bucket."""
         buckets, before = self._lane(epoch, lane)
         pieces = []
-        first = int(np.searchsorted(before, begin, side="right")) - 1
-        for place in range(first, int(np.searchsorted(before, end))):
-            bucket = int(buckets[place])
-            rows = self._bucket(lane, bucket)
+        for place in range(bisect_right(before, begin) - 1, bisect_left(before, end)):
+            rows = self._in_order(epoch, lane, buckets[place])
             if self._ahead:
                 following = buckets[place + 1] if place + 1 < len(buckets) else self._shuffled(epoch + 1, lane)[0]
                 self._fetch(lane, int(following))
-            order = self._row_order(epoch, lane, bucket, rows)
-            pieces.append(rows.take(order[max(begin - before[place], 0) : end - before[place]]))
+            pieces.append(rows.slice(max(begin - before[place], 0), min(end - before[place], len(rows))))
         return pieces
 
     def expect(self, epoch: int, lane: int, begin: int) -> None:
         """Row `begin` of the lane's epoch is to be read soon."""
         if self._ahead:
             buckets, before = self._lane(epoch, lane)
-            self._fetch(lane, int(buckets[int(np.searchsorted(before, begin, side="right")) - 1]))
+            self._fetch(lane, buckets[bisect_right(before, begin) - 1])
 
     def close(self) -> list[Future[Any]]:
         """End the threads that fetch. Returns the fetches that are still under way."""
@@ -99,11 +97,11 @@ class LaneReader:
         buckets = buckets[self._users[buckets] > 0]
         return np.asarray(buckets[np.argsort(mix(self._seed, epoch, lane, buckets), kind="stable")], np.int64)
 
-    def _lane(self, epoch: int, lane: int) -> tuple[Int64, Int64]:
+    def _lane(self, epoch: int, lane: int) -> tuple[list[int], list[int]]:
         if lane not in self._plan or self._plan[lane][0] != epoch:
             buckets = self._shuffled(epoch, lane)
             users = self._users[buckets]
-            self._plan[lane] = (epoch, buckets, np.cumsum(users) - users)
+            self._plan[lane] = (epoch, buckets.tolist(), (np.cumsum(users) - users).tolist())
         return self._plan[lane][1:]
 
     def _bucket(self, lane: int, bucket: int) -> Rows:
@@ -124,8 +122,10 @@ class LaneReader:
             self._stats.bytes_read += size
         return held[bucket]
 
-    def _row_order(self, epoch: int, lane: int, bucket: int, rows: Rows) -> Int64:
-        if lane not in self._order or self._order[lane][:2] != (epoch, bucket):
+    def _in_order(self, epoch: int, lane: int, bucket: int) -> Rows:
+        # the whole bucket at once: a step takes a few rows of each lane, and 64 small selections cost more than it
+        if lane not in self._ordered or self._ordered[lane][:2] != (epoch, bucket):
+            rows = self._bucket(lane, bucket)
             keys: UInt64 = mix(self._seed, epoch, bucket, rows.user_hash)
-            self._order[lane] = (epoch, bucket, np.argsort(keys, kind="stable").astype(np.int64))
-        return self._order[lane][2]
+            self._ordered[lane] = (epoch, bucket, rows.take(np.argsort(keys, kind="stable")))
+        return self._ordered[lane][2]

@@ -232,11 +232,12 @@ class Loader:
             for lane in own[end[own] > begin[own]].tolist():
                 self._lanes.expect(epoch, lane, int(begin[lane]))
         for epoch, begin, end in pieces:
+            lane_of, index = expand(begin[own], end[own])
             for lane in own[end[own] > begin[own]].tolist():
                 parts += self._lanes.read(epoch, lane, int(begin[lane]), int(end[lane]))
-                indices.append(np.arange(begin[lane], end[lane]))
-                lanes.append(np.full(len(indices[-1]), lane))
-                epochs.append(np.full(len(indices[-1]), epoch))
+            indices.append(index)
+            lanes.append(own[lane_of])
+            epochs.append(np.full(len(index), epoch))
         rows = Rows.concat(parts) if parts else self._lanes.none
         nothing = [np.zeros(0, np.int64)]
         epoch_N, lane_N, index_N = (np.concatenate(nothing + column) for column in (epochs, lanes, indices))

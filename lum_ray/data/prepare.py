@@ -6,10 +6,11 @@ states, and writes its final file, one bucket a row group. Ray Data's own shuffl
 times slower, and cannot restart; here every task leaves its result behind under `_work/`, atomically, so that a killed
 job goes on where it was. `_work/` is removed after the commit.
 
-Both engines run the same tasks. `auto` is local unless Ray has been started in this process, or the files hold more
-than 2 GB. The bytes do not depend on the engine, the workers, the blocks, or the order in which files come. With
-`events.id` the events are not aggregated before the shuffle, since a repeated row may be in another block; a repeat
-is a row with the same user and id, and the first by (file, row) stays.
+Both engines run the same tasks, within the same memory. `auto` is local unless this process is in a Ray cluster of
+several machines: on one machine threads do the same work without sending it to processes. The bytes do not depend on
+the engine, the workers, the blocks, or the order in which files come. With `events.id` the events are not aggregated
+before the shuffle, since a repeated row may be in another block; a repeat is a row with the same user and id, and the
+first by (file, row) stays.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ Engine = Literal["auto", "local", "ray"]
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, tasks done, tasks in all)."""
 
-BLOCK_ROWS = 1 << 20
-LOCAL_BYTES = 2 << 30
+BLOCK_ROWS = 1 << 21
+MIN_BLOCK_ROWS = 1 << 18
+BLOCKS = 16
+"""A small table is read in so many blocks: a map task more or less than the others is then no matter."""
 LOCAL_THREADS = 8
 KEPT_REJECTS = 1_000_000
 """The rejects file of a job that stopped because there were too many holds at most about this many."""
@@ -65,7 +68,7 @@ def prepare_timelines(
     fingerprint: Any = None,
     progress: Progress = silent,
     log2_buckets: int | None = None,
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int | None = None,
     lineage: str | None = None,
     log: Callable[[str], None] = lambda text: None,
     events: Sequence[RawFile] | None = None,
@@ -123,7 +126,7 @@ def _build(
     fingerprint: Any,
     progress: Progress,
     log2_buckets: int | None,
-    block_rows: int,
+    block_rows: int | None,
     lineage: str | None,
     log: Callable[[str], None],
     events: Sequence[RawFile] | None,
@@ -148,13 +151,15 @@ def _build(
         log2_buckets = buckets.choose_log2_buckets(event_rows, profile_rows)
     behind = event_rows + (earlier["states"]["rows"] if base else 0)
     files = buckets.choose_files(max(behind, profile_rows), log2_buckets)
+    if block_rows is None:
+        block_rows = min(BLOCK_ROWS, max(MIN_BLOCK_ROWS, max(event_rows, profile_rows) // BLOCKS))
     maps = [*map_tasks("events", events, block_rows), *map_tasks("profiles", profiles, block_rows)]
     sizes = [file.bytes for file in (*events, *profiles)]
     shape = [log2_buckets, files, tokenizer.version, *([base.digest] if base else [])]
     # results of an interrupted attempt are taken up only if it had the same files and cut the work in the same way
     work = join(uri, "_work", artifacts.digest(maps, sizes, fingerprint, shape))
     job = Job(data, tokenizer, uri, work, log2_buckets, files, base.since if base else None)
-    run = _engine(engine, [*events, *profiles])
+    run = _engine(engine)
 
     mapped = _run_all(run, job, maps, "read", progress)
     _check_rejects(job, mapped, {"events": event_rows, "profiles": profile_rows})
@@ -318,12 +323,12 @@ def _files(results: Iterable[Task]) -> list[dict[str, Any]]:
 Run = Callable[[Job, Sequence[Task]], Iterator[Task]]
 
 
-def _engine(engine: Engine, files: Sequence[RawFile]) -> Run:
+def _engine(engine: Engine) -> Run:
     if engine == "auto":
         # not imported: if Ray has been started in this process, it is loaded
         ray = sys.modules.get("ray")
-        started = ray is not None and ray.is_initialized()
-        engine = "ray" if started or sum(file.bytes for file in files) > LOCAL_BYTES else "local"
+        several = ray is not None and ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1
+        engine = "ray" if several else "local"
     return _with_ray if engine == "ray" else _with_threads
 
 

@@ -131,15 +131,19 @@ def _footer(uri: str, root: str, table: str, missing: str | None = None) -> RawF
     return RawFile(uri, f"{table}/{below}", int(size or 0), groups, file.schema_arrow)
 
 
-def open_parquet(uri: str, missing: str | None = None) -> pq.ParquetFile:
-    """The parquet file at `uri`. Raises UserError naming the file where it is none, is cut off or is missing."""
-    return reach(uri, lambda: _open_parquet(uri, missing))
+def open_parquet(uri: str, missing: str | None = None, dictionary: Sequence[str] = ()) -> pq.ParquetFile:
+    """The parquet file at `uri`; strings of the columns `dictionary` are read as dictionaries.
+
+    Raises UserError naming the file where it is none, is cut off or is missing.
+    """
+    return reach(uri, lambda: _open_parquet(uri, missing, dictionary))
 
 
-def _open_parquet(uri: str, missing: str | None) -> pq.ParquetFile:
+def _open_parquet(uri: str, missing: str | None, dictionary: Sequence[str]) -> pq.ParquetFile:
     place = storage(uri)
     try:
-        return pq.ParquetFile(place.filesystem.open_input_file(place.path), pre_buffer=not place.is_local)
+        stream = place.filesystem.open_input_file(place.path)
+        return pq.ParquetFile(stream, pre_buffer=not place.is_local, read_dictionary=list(dictionary))
     except FileNotFoundError:
         hint = missing or "was it moved while the job ran?"
         raise UserError(f"{uri}: expected a parquet file, found nothing; {hint}") from None
@@ -166,28 +170,44 @@ def batches(
     first_row: int,
     batch_rows: int,
     overlay: Overlay = NOTHING,
+    dictionary: Sequence[str] = (),
 ) -> Iterator[tuple[pa.Table, RowNumbers]]:
-    """Yield (table, its rows in the file) of a file's row groups, at most `batch_rows` at a time."""
-    file = open_parquet(uri)
+    """Yield (table, its rows in the file) of a file's row groups, at most `batch_rows` at a time.
+
+    Strings of the columns `dictionary` come as dictionaries.
+    """
+    file = open_parquet(uri, dictionary=dictionary)
     groups = list(range(file.metadata.num_row_groups)) if row_groups is None else list(row_groups)
     constants = {name: delta.constant(kind, text) for name, kind, text in overlay.constants if name in columns}
     stored = [name for name in columns if name not in constants]
     deleted = np.array(overlay.deleted, np.int64)
     row = first_row
     try:
-        for batch in file.iter_batches(batch_rows, row_groups=groups, columns=stored, use_threads=False):
-            table = pa.Table.from_batches([batch])
+        for table in _joined(file.iter_batches(batch_rows, row_groups=groups, columns=stored, use_threads=False), batch_rows):
+            rows = table.num_rows
             for name, value in constants.items():
-                table = table.append_column(name, pa.repeat(value, batch.num_rows))
-            inside = deleted[np.searchsorted(deleted, row) : np.searchsorted(deleted, row + batch.num_rows)]
+                table = table.append_column(name, pa.repeat(value, rows))
+            inside = deleted[np.searchsorted(deleted, row) : np.searchsorted(deleted, row + rows)]
             if len(inside):
-                kept = np.setdiff1d(np.arange(row, row + batch.num_rows), inside, assume_unique=True)
+                kept = np.setdiff1d(np.arange(row, row + rows), inside, assume_unique=True)
                 yield table.take(pa.array(kept - row)), kept
             else:
                 yield table, row
-            row += batch.num_rows
+            row += rows
     except (pa.ArrowInvalid, OSError) as error:
         raise unreadable(uri, error) from None
+
+
+def _joined(pieces: Iterator[pa.RecordBatch], batch_rows: int) -> Iterator[pa.Table]:
+    """Batches as tables of at most `batch_rows`: a dictionary ends with its row group, and so does its batch."""
+    held: list[pa.RecordBatch] = []
+    for piece in pieces:
+        if held and sum(one.num_rows for one in held) + piece.num_rows > batch_rows:
+            yield pa.Table.from_batches(held).unify_dictionaries().combine_chunks()
+            held = []
+        held.append(piece)
+    if held:
+        yield pa.Table.from_batches(held).unify_dictionaries().combine_chunks()
 
 
 def empty_batch(uri: str, columns: Sequence[str], overlay: Overlay = NOTHING) -> pa.Table:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -52,6 +54,21 @@ class Rows:
             end_day=self.end_day[index],
             segment=self.segment[index],
             profile={name: column[index] for name, column in self.profile.items()},
+        )
+
+    def slice(self, begin: int, end: int) -> Rows:
+        """The users [begin, end), as views of the same memory."""
+        first, stop = int(self.offsets[begin]), int(self.offsets[end])
+        return Rows(
+            user=self.user[begin:end],
+            user_hash=self.user_hash[begin:end],
+            offsets=self.offsets[begin : end + 1] - first,
+            days=self.days[first:stop],
+            values=self.values[first:stop],
+            first_day=self.first_day[begin:end],
+            end_day=self.end_day[begin:end],
+            segment=self.segment[begin:end],
+            profile={name: column[begin:end] for name, column in self.profile.items()},
         )
 
     @staticmethod
@@ -129,18 +146,54 @@ def share(hashes: UInt64) -> npt.NDArray[np.float64]:
     return (hashes >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
-def hash_strings(texts: Sequence[str] | Strings) -> UInt64:
-    """A stable 64-bit hash of each text (its UTF-8 bytes, eight at a time), vectorised over texts."""
-    encoded = np.array([text.encode() for text in texts], dtype=np.bytes_) if len(texts) else np.empty(0, "S8")
-    width = max(8, -(-encoded.dtype.itemsize // 8) * 8)
-    words = encoded.astype(f"S{width}").view("<u8").reshape(len(encoded), width // 8)
-    lengths = np.array([len(text.encode()) for text in texts], np.int64)
+def hash_strings(texts: Sequence[str] | Strings | pa.Array) -> UInt64:
+    """A stable 64-bit hash of each text (its UTF-8 bytes, eight at a time, the last ones padded with zeros).
+
+    Vectorised over texts: it reads the buffers of an Arrow array of strings, which other sequences are made to.
+    """
+    array = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
+    if len(array) == 0:
+        return np.empty(0, np.uint64)
+    _, offsets, content = array.cast(pa.string()).buffers()
+    bounds = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    begin, lengths = bounds[:-1], np.diff(bounds)
+    # all words of eight bytes, one beginning at each byte
+    padded = (content.to_pybytes() if content is not None else b"") + bytes(8)
+    words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))
     state = mix(lengths)
-    # a text's hash must not depend on its neighbours' lengths: words past its own end are left out
-    for column in range(words.shape[1]):
-        inside = lengths > column * 8
-        state = np.where(inside, mix(state, words[:, column]), state)
+    # a text's hash must not depend on its neighbours: bytes past its own end are zero, words past it are left out
+    for at in range(0, int(lengths.max()), 8):
+        inside = np.flatnonzero(lengths > at)
+        over = 8 * np.maximum(at + 8 - lengths[inside], 0).astype(np.uint64)
+        word = words[begin[inside] + at] & (np.uint64(2**64 - 1) >> over)
+        state[inside] = mix(state[inside], word)
     return state
+
+
+def distinct_keys(keys: Int64, space: int) -> Int64:
+    """The distinct ones of `keys` (A,), which lie in [0, space), ascending.
+
+    Without a sort where the space is not much larger than the keys are many.
+    """
+    if space > SPARSE * len(keys):
+        return np.sort(pa.array(keys).unique().to_numpy())
+    there = np.zeros(space, np.bool_)
+    there[keys] = True
+    return np.flatnonzero(there)
+
+
+def number_keys(keys: Int64, space: int) -> tuple[Int64, Int32]:
+    """`distinct_keys` (G,), and the place of each key among them (A,)."""
+    distinct = distinct_keys(keys, space)
+    if space > SPARSE * len(keys):
+        return distinct, pc.index_in(pa.array(keys), value_set=pa.array(distinct)).to_numpy()
+    place = np.empty(space, np.int32)
+    place[distinct] = np.arange(len(distinct), dtype=np.int32)
+    return distinct, place[keys]
+
+
+SPARSE = 32
+"""A table of all keys pays while it is at most so many times as long as the list of keys."""
 
 
 class HashIndex:

@@ -205,7 +205,7 @@ def row_numbers(rows_of: RowNumbers, count: int) -> npt.NDArray[np.int64]:
 
 def mask(values: Any) -> Bool:
     """An Arrow condition as numpy, null as False."""
-    array = pc.fill_null(values, False)
+    array = pc.fill_null(values, False) if values.null_count else values
     array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     return np.asarray(array.to_numpy(zero_copy_only=False), np.bool_)
 
@@ -217,6 +217,7 @@ def clean_events(
 
     Returns (user string, day int32, the columns that the behaviours use; without behaviours but with `events.item`:
     item string, time_us and offset_min, see `to_instant`; with `events.id` also PROVENANCE, see `drop_repeats`).
+    Strings are dictionaries where they come as such.
     Rejected: a null user, a null time, a NaN or infinite number, a value finer than its behaviour's resolution or too
     large, a day outside [data.start, data.end), a null item, a null id; and where the days before `since +
     data.late_days` are known already, a day before `since`.
@@ -227,7 +228,7 @@ def clean_events(
     check_user(require_in, data.events.user)
     check_time(require_in, data.events.time, data.time_zone)
     rejected = Rejected(file, first_row, table.num_rows)
-    user, time = pc.cast(_plain(table, data.events.user, file), pa.string()), table[data.events.time]
+    user, time = _text(_plain(table, data.events.user, file)), table[data.events.time]
     day = to_day(time, data.time_zone)
     rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
     rejected.add(mask(pc.is_null(time)), f"`{data.events.time}` is null")
@@ -252,8 +253,12 @@ def clean_events(
         if pa.types.is_floating(used[name].type):
             rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is {{}}", used[name])
     events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
+    measured: set[tuple[str | None, float]] = set()
     for item, aggregate in aggregates:
         if aggregate.function in ("sum", "min", "max", "mean"):
+            if (aggregate.expression, item.resolution) in measured:
+                continue  # the same numbers: what is wrong with them has been said
+            measured.add((aggregate.expression, item.resolution))
             value = aggregate.evaluate(events)
             units = to_units(value, item.resolution)
             rejected.add(units.infinite, f"{item.name}: {aggregate} is {{}}", value)
@@ -288,26 +293,28 @@ def read_events(
     name: str | None = None,
     row_groups: Sequence[int] | None = None,
     first_row: int = 0,
-    batch_rows: int = 1 << 19,
+    batch_rows: int = 1 << 18,
     each: Callable[[pa.Table], pa.Table] = lambda events: events,
     overlay: Overlay = NOTHING,
     since: int | None = None,
-) -> tuple[pa.Table, pa.Table]:
+) -> tuple[list[pa.Table], pa.Table]:
     """The cleaned events and the rejects of a file, or of some of its row groups (the first starting at `first_row`).
 
-    Read in batches of `batch_rows`; `each` is applied to every cleaned batch (prepare aggregates there, so that only
-    one raw batch is in memory). Raises UserError naming the file where it cannot be read.
+    Read in batches of `batch_rows`, a table each; `each` is applied to every cleaned batch (prepare aggregates there,
+    so that only one raw batch is in memory). Raises UserError naming the file where it cannot be read.
     """
     columns = _event_columns(data)
+    # rows that are aggregated repeat their strings; those kept one by one are sorted by them
+    dictionary = columns if data.behaviours and data.events.id is None else ()
     events, rejects = [], []
-    for batch, row in batches(uri, columns, row_groups, first_row, batch_rows, overlay):
+    for batch, row in batches(uri, columns, row_groups, first_row, batch_rows, overlay, dictionary):
         cleaned, bad = clean_events(batch, data, name or uri.rsplit("/", 1)[-1], row, since)
         events.append(each(cleaned))
         rejects.append(bad)
     if not events:
         empty = empty_batch(uri, columns, overlay)
         events.append(each(clean_events(empty, data)[0]))
-    return pa.concat_tables(events, promote_options="permissive"), pa.concat_tables([REJECTS.empty_table(), *rejects])
+    return events, pa.concat_tables([REJECTS.empty_table(), *rejects])
 
 
 def _event_columns(data: Data) -> list[str]:
@@ -335,6 +342,11 @@ def _plain(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
         return plain(table[name])
     except pa.ArrowInvalid as error:
         raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits: {error}; cast it") from None
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """As strings, or as the dictionary of strings that they came as."""
+    return column if pa.types.is_dictionary(column.type) else pc.cast(column, pa.string())
 
 
 def _decoded(found: pa.DataType) -> pa.DataType:

@@ -139,7 +139,7 @@ def _map(job: Job, task: Task) -> tuple[Task, pa.Table]:
     for uri, name, groups, first_row, plain in task["pieces"]:
         overlay = from_json(plain)
         if task["table"] == "events":
-            table, bad = read_events(
+            tables, bad = read_events(
                 uri,
                 job.data,
                 name,
@@ -149,24 +149,29 @@ def _map(job: Job, task: Task) -> tuple[Task, pa.Table]:
                 overlay=overlay,
                 since=job.since,
             )
-            cleaned.append(table)
+            cleaned += tables
             rejects.append(bad)
         else:
             for batch, row in batches(uri, _profile_columns(job.data), groups, first_row, buckets.FILE_ROWS, overlay):
                 table, bad = clean_profiles(batch, job.data, name, row)
                 cleaned.append(table)
                 rejects.append(bad)
-    table = pa.concat_tables(cleaned, promote_options="permissive")
-    buckets.scatter(join(job.work, f"{task['name']}.arrow"), table, job.log2_buckets, job.files)
+    buckets.scatter(join(job.work, f"{task['name']}.arrow"), cleaned, job.log2_buckets, job.files)
     made: Task = {}
-    if task["table"] == "events" and table.num_rows:
-        bounds = pc.min_max(table["day"])
-        made["days"] = [bounds["min"].as_py(), bounds["max"].as_py()]
+    if task["table"] == "events":
+        bounds = [pc.min_max(table["day"]).as_py() for table in cleaned if table.num_rows]
+        if bounds:
+            made["days"] = [min(found["min"] for found in bounds), max(found["max"] for found in bounds)]
     return made, pa.concat_tables(rejects)
 
 
 def _aggregated(job: Job, events: pa.Table) -> pa.Table:
-    return events if job.data.events.id is not None else job.tokenizer.partial(events, job.data.behaviours)
+    if job.data.events.id is not None:
+        return events
+    user = events["user"]
+    if events.num_rows and pa.types.is_dictionary(user.type):
+        events = events.set_column(0, "user", buckets.by_file(user, job.log2_buckets, job.files))
+    return job.tokenizer.partial(events, job.data.behaviours)
 
 
 def _profile_columns(data: Data) -> list[str]:

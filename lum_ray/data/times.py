@@ -19,7 +19,8 @@ def to_day(column: pa.ChunkedArray, time_zone: str) -> pa.Array:
     """Times as day numbers (int32): null stays null, and so does what does not fit."""
     found = column.type
     if pa.types.is_timestamp(found):
-        column = pc.cast(pc.local_timestamp(_zoned(column, time_zone)), pa.date32(), safe=False)
+        # Arrow takes the day in the column's zone
+        column = pc.cast(_zoned(column, time_zone), pa.date32(), safe=False)
     elif pa.types.is_date64(found):
         column = pc.cast(column, pa.date32(), safe=False)
     array = column.combine_chunks()

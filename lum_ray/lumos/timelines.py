@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lum_ray.data.expressions import Aggregate, parse, to_units
-from lum_ray.data.rows import hash_strings, mix
+from lum_ray.data.expressions import Aggregate, Units, parse, to_units
+from lum_ray.data.rows import Int32, distinct_keys, hash_strings, mix, number_keys
 
 TOKENIZER_VERSION = 1
 """Part of every digest: raise it whenever the same events could give other integers."""
@@ -61,17 +61,19 @@ def tokenize(events: pa.Table, behaviours: Sequence[Behaviour]) -> pa.Table:
 
 
 def partial(events: pa.Table, behaviours: Sequence[Behaviour]) -> pa.Table:
-    """A block's events as mergeable states: (user, day, state columns), sorted by (user, day).
+    """A block's events as mergeable states: (user dictionary of strings, day, state columns), a row per user and day,
+    in the order of the users' dictionary, then by day.
 
     State columns: `<name>` int64 (null: no value yet) for sum, count, any, min, max; `<name>.sum` and `<name>.count`
     for mean; `<name>.values` list<int64> of distinct hashes for n_unique.
     """
-    groups = _Groups.of(events)
+    groups = _Groups.of(events["user"], events["day"])
     columns: dict[str, pa.Array] = {"user": groups.user, "day": groups.day}
+    measured: dict[tuple[str | None, float], Units] = {}
     for behaviour in behaviours:
         aggregate = parse(behaviour.aggregate)
         for (column, operation), (values, present) in zip(
-            _states(behaviour.name, aggregate), _values(events, behaviour, aggregate), strict=True
+            _states(behaviour.name, aggregate), _values(events, behaviour, aggregate, measured), strict=True
         ):
             columns[column] = groups.reduce(operation, values, present)
     return pa.table(columns)
@@ -100,30 +102,46 @@ def merge(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.T
     if not partials:
         raise ValueError("merge: expected at least one partial table, got none")
     table = pa.concat_tables(partials).combine_chunks()
-    groups = _Groups.of(table)
-    columns: dict[str, pa.Array] = {"user": groups.user, "day": groups.day}
+    groups = _Groups.of(_by_name(table["user"]), table["day"])
+    columns: dict[str, pa.Array] = {"user": groups.user.cast(pa.string()), "day": groups.day}
     for behaviour in behaviours:
         aggregate = parse(behaviour.aggregate)
         states = []
         for column, operation in _states(behaviour.name, aggregate):
-            state = (
-                table[column].combine_chunks()
-                if table.num_rows
-                else table.schema.empty_table()[column].combine_chunks()
-            )
+            state = _array(table[column])
             if operation == "distinct":
                 rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
                 states.append(groups.count_distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False)))
             else:
-                present = state.is_valid().to_numpy(zero_copy_only=False)
-                values = pc.fill_null(state, 0).to_numpy(zero_copy_only=False)
-                reduced = groups.reduce(operation, values, present)
-                states.append(pc.fill_null(reduced, 0).to_numpy(zero_copy_only=False))
+                present = state.is_valid().to_numpy(zero_copy_only=False) if state.null_count else None
+                reduced = groups.reduce(operation, _or_0(state), present)
+                states.append(_or_0(reduced))
         value = _mean(*states) if aggregate.function == "mean" else states[0]
         columns[behaviour.name] = pa.array(
             (value > 0).astype(np.int64) if behaviour.kind == "binary" else value, pa.int64()
         )
     return pa.table(columns)
+
+
+def _array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    if isinstance(column, pa.Array):
+        return column
+    return column.combine_chunks() if column.num_chunks else pa.array([], column.type)
+
+
+def _or_0(column: pa.Array) -> Int64:
+    filled: Int64 = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+    return filled
+
+
+def _by_name(user: pa.ChunkedArray) -> pa.DictionaryArray:
+    """The same users with a dictionary that is sorted by name."""
+    encoded = _array(user).dictionary_encode()
+    order = pc.array_sort_indices(encoded.dictionary)
+    place = np.empty(len(order), np.int32)
+    place[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+    codes = place[encoded.indices.to_numpy(zero_copy_only=False)]
+    return pa.DictionaryArray.from_arrays(pa.array(codes), encoded.dictionary.take(order))
 
 
 def _states(name: str, aggregate: Aggregate) -> list[tuple[str, Operation]]:
@@ -140,21 +158,39 @@ def _states(name: str, aggregate: Aggregate) -> list[tuple[str, Operation]]:
             return [(name, "sum")]
 
 
-def _values(events: pa.Table, behaviour: Behaviour, aggregate: Aggregate) -> Iterator[tuple[Int64, Bool]]:
-    """For each state column: what every event (N,) gives to it, and whether it gives anything."""
-    everything = np.ones(events.num_rows, np.bool_)
+def _values(
+    events: pa.Table,
+    behaviour: Behaviour,
+    aggregate: Aggregate,
+    measured: dict[tuple[str | None, float], Units],
+) -> Iterator[tuple[Int64, Bool | None]]:
+    """For each state column: what every event (N,) gives to it, and which events give anything (None: all).
+
+    `measured` keeps the numbers of an expression in units of a resolution for the other aggregates of them.
+    """
     if aggregate.expression is None:
-        yield np.ones(events.num_rows, np.int64), everything
+        yield np.ones(events.num_rows, np.int64), None
         return
-    value = aggregate.evaluate(events)
     if aggregate.function == "n_unique":
+        value = aggregate.evaluate(events)
         yield _identity(value), value.is_valid().to_numpy()
         return
     if aggregate.function in ("any", "count"):
         # count(condition) counts the rows where it holds, count(column) those where it is not null
-        holds = pc.fill_null(value, False) if pa.types.is_boolean(value.type) else pc.is_valid(value)
-        yield holds.to_numpy().astype(np.int64), everything
+        value = aggregate.evaluate(events)
+        holds = value if pa.types.is_boolean(value.type) else pc.is_valid(value)
+        yield (pc.fill_null(holds, False) if holds.null_count else holds).to_numpy().astype(np.int64), None
         return
+    key = (aggregate.expression, behaviour.resolution)
+    if key not in measured:
+        measured[key] = _measured(aggregate.evaluate(events), behaviour, aggregate)
+    units = measured[key]
+    yield units.whole, units.present
+    if aggregate.function == "mean":
+        yield units.present.astype(np.int64), None
+
+
+def _measured(value: pa.ChunkedArray, behaviour: Behaviour, aggregate: Aggregate) -> Units:
     units = to_units(value, behaviour.resolution)
     bad = units.infinite | units.finer | units.large
     if bad.any():
@@ -163,17 +199,15 @@ def _values(events: pa.Table, behaviour: Behaviour, aggregate: Aggregate) -> Ite
             f"{behaviour.name}: {aggregate}: expected finite multiples of {behaviour.resolution}, got {some} "
             f"({bad.sum()} rows); round them or choose a finer resolution"
         )
-    yield np.where(units.present, units.whole, 0), units.present
-    if aggregate.function == "mean":
-        yield units.present.astype(np.int64), everything
+    return units
 
 
 def _identity(value: pa.ChunkedArray) -> Int64:
     """A 64-bit identity of each value: itself for whole numbers (3 and 3.0 are one), a hash for the others."""
     array = value.combine_chunks()
-    if pa.types.is_string(array.type):
+    if pa.types.is_string(array.type) or pa.types.is_dictionary(array.type):
         encoded = array.dictionary_encode()
-        hashes = hash_strings(encoded.dictionary.to_pylist()).view(np.int64)
+        hashes = hash_strings(encoded.dictionary).view(np.int64)
         codes = pc.fill_null(encoded.indices, 0).to_numpy(zero_copy_only=False)
         return hashes[codes] if len(hashes) else np.zeros(len(array), np.int64)
     if pa.types.is_floating(array.type):
@@ -200,62 +234,54 @@ _REDUCE: dict[str, tuple[np.ufunc, int]] = {
 
 @dataclass(frozen=True)
 class _Groups:
-    """Rows (N,) grouped by (user, day), G groups in that order: `order` sorts the rows, `starts` begins each group."""
+    """Rows (N,) grouped by (user, day), G groups in the order of the users' dictionary, then by day."""
 
-    user: pa.Array  # (G,)
+    user: pa.DictionaryArray  # (G,)
     day: pa.Array  # (G,)
-    order: Int64  # (N,)
-    starts: Int64  # (G,)
+    of_row: Int32  # (N,)
 
     @staticmethod
-    def of(table: pa.Table) -> _Groups:
-        encoded = table["user"].combine_chunks().dictionary_encode()
-        names = encoded.dictionary
-        by_name = pc.array_sort_indices(names).to_numpy(zero_copy_only=False)
-        rank = np.empty(len(names), np.int64)
-        rank[by_name] = np.arange(len(names))
-        codes = rank[encoded.indices.to_numpy(zero_copy_only=False)]
-        day = table["day"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
-        keys = (codes << 32) + (day + (1 << 31))
-        order = np.argsort(keys, kind="stable")
-        ordered = keys[order]
-        starts = (
-            np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-            if len(keys)
-            else np.empty(0, np.int64)
-        )
-        first = order[starts]
-        user = names.take(pa.array(by_name)).take(pa.array(codes[first]))
-        return _Groups(user, pa.array(day[first], pa.int32()), order, starts)
+    def of(user: pa.ChunkedArray | pa.Array, day: pa.ChunkedArray) -> _Groups:
+        encoded = _array(user).dictionary_encode()
+        codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        days = _array(day).to_numpy(zero_copy_only=False).astype(np.int64)
+        first = int(days.min(initial=0))
+        bits = (int(days.max(initial=first)) - first).bit_length()
+        keys, of_row = number_keys((codes << bits) + (days - first), len(encoded.dictionary) << bits)
+        names = pa.DictionaryArray.from_arrays(pa.array((keys >> bits).astype(np.int32)), encoded.dictionary)
+        return _Groups(names, pa.array(((keys & ((1 << bits) - 1)) + first).astype(np.int32)), of_row)
 
-    def reduce(self, operation: Operation, values: Int64, present: Bool) -> pa.Array:
+    def reduce(self, operation: Operation, values: Int64, present: Bool | None) -> pa.Array:
         """One value a group, null where none of its rows is `present`; for `distinct` the sorted list of its values."""
+        rows = None if present is None or present.all() else np.flatnonzero(present)
+        of_row, values = (self.of_row, values) if rows is None else (self.of_row[rows], values[rows])
         if operation == "distinct":
-            return self.distinct(np.flatnonzero(present), values[present])
-        if not len(self.starts):
-            return pa.array([], pa.int64())
+            group, distinct = _distinct(of_row, values)
+            offsets = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=len(self.day)))]).astype(np.int32)
+            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(distinct, pa.int64()))
         ufunc, neutral = _REDUCE[operation]
-        reduced = ufunc.reduceat(np.where(present, values, neutral)[self.order], self.starts)
-        some = np.logical_or.reduceat(present[self.order], self.starts)
+        reduced = np.full(len(self.day), neutral, np.int64)
+        ufunc.at(reduced, of_row, values)
+        if rows is None:
+            return pa.array(reduced)
+        some = np.zeros(len(self.day), np.bool_)
+        some[of_row] = True
         return pa.array(reduced, pa.int64(), mask=~some)
 
-    def distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> pa.Array:
-        """The sorted list of distinct `values` (V,), given with the row each comes from, of every group (G,)."""
-        group, distinct = self._distinct(rows, values)
-        offsets = np.searchsorted(group, np.arange(len(self.starts) + 1)).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(distinct, pa.int64()))
-
-    def count_distinct(self, rows: Int64, values: Int64) -> Int64:
+    def count_distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> Int64:
         """The number of distinct `values` (V,), given with the row each comes from, of every group (G,)."""
-        group, _ = self._distinct(rows, values)
-        return np.bincount(group, minlength=len(self.starts)).astype(np.int64)
+        group, _ = _distinct(self.of_row[rows], values)
+        return np.bincount(group, minlength=len(self.day)).astype(np.int64)
 
-    def _distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> tuple[Int64, Int64]:
-        group_of = np.empty(len(self.order), np.int64)
-        group_of[self.order] = np.repeat(np.arange(len(self.starts)), np.diff(np.append(self.starts, len(self.order))))
-        group = group_of[rows]
-        order = np.lexsort((values, group))
-        group, values = group[order], values[order]
-        new = np.ones(len(group), np.bool_)
-        new[1:] = (group[1:] != group[:-1]) | (values[1:] != values[:-1])
-        return group[new], values[new]
+
+def _distinct(group: Int32, values: Int64) -> tuple[Int64, Int64]:
+    """The distinct ones of the pairs (group, value) (V,), sorted."""
+    encoded = pa.array(values).dictionary_encode()
+    known = encoded.dictionary.to_numpy()
+    by_value = np.argsort(known)
+    rank = np.empty(len(known), np.int64)
+    rank[by_value] = np.arange(len(known))
+    bits = max(len(known) - 1, 0).bit_length()
+    pairs = (group.astype(np.int64) << bits) + rank[encoded.indices.to_numpy()]
+    found = distinct_keys(pairs, (int(group.max(initial=-1)) + 1) << bits)
+    return found >> bits, known[by_value][found & ((1 << bits) - 1)]

@@ -15,7 +15,7 @@ import pytest
 from lum_ray import artifacts
 from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Calendar, Data, Events, Profiles
-from lum_ray.data import buckets, tasks
+from lum_ray.data import buckets, prepare, tasks
 from lum_ray.data.prepare import Tokenizer, prepare_calendar, prepare_timelines
 from lum_ray.data.raw import RawTables, raw_files
 from lum_ray.data.reader import Timelines
@@ -148,10 +148,21 @@ def test_ray_gives_the_same_bytes(tmp_path: Path, ray_session: None) -> None:
     local = _content(_prepare(tmp_path / "local", tables, data, "local", block_rows=500))
     assert _content(_prepare(tmp_path / "ray", tables, data, "ray", block_rows=500)) == local
     assert "rejects/0000.parquet" in local and len([name for name in local if name.startswith("part-")]) == 8
-    # Ray has been started: `auto` takes it, and what is wrong comes back in our words
+    # what is wrong comes back in our words
     twice = RawTables(tables.events, _write(tmp_path / "twice", pa.concat_tables([_profiles(), _profiles()])))
     with pytest.raises(UserError, match="come more than once: user-0, user-1, user-10"):
-        _prepare(tmp_path / "auto", twice, data, "auto")
+        _prepare(tmp_path / "again", twice, data, "ray")
+
+
+def test_auto_takes_ray_where_it_has_other_machines(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    assert prepare._engine("auto") is prepare._with_threads
+    (node,) = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node | {"Alive": False}])
+    assert prepare._engine("auto") is prepare._with_threads
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node])
+    assert prepare._engine("auto") is prepare._with_ray
 
 
 def test_rejects_are_kept_with_file_row_and_reason(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lum_ray.data.rows import Rows, expand, hash_strings, mix, share
+from lum_ray.data.rows import Rows, distinct_keys, expand, hash_strings, mix, number_keys, share
 
 histories = st.lists(st.lists(st.integers(-50, 50), unique=True, max_size=12).map(sorted), min_size=1, max_size=6)
 
@@ -48,6 +49,13 @@ def test_take_gives_the_users_at_the_index_in_that_order(days: list[list[int]], 
     rows = rows_of(days)
     index = data.draw(st.lists(st.integers(0, len(days) - 1), max_size=8))
     assert plain(rows.take(np.array(index, np.int64))) == [plain(rows)[i] for i in index]
+
+
+@given(histories, st.data())
+def test_slice_gives_what_take_does(days: list[list[int]], data: st.DataObject) -> None:
+    rows = rows_of(days)
+    begin, end = sorted(data.draw(st.integers(0, len(days))) for _ in range(2))
+    assert plain(rows.slice(begin, end)) == plain(rows.take(np.arange(begin, end)))
 
 
 @given(histories, st.data())
@@ -94,6 +102,21 @@ def test_a_hash_does_not_depend_on_its_neighbours(names: list[str]) -> None:
     assert together.dtype == np.uint64
     assert together.tolist() == [int(hash_strings([name])[0]) for name in names]
     assert together[::-1].tolist() == hash_strings(np.array(names[::-1], object)).tolist()
+
+
+@given(texts, st.integers(0, 5))
+def test_a_slice_of_an_arrow_array_is_hashed_as_its_texts(names: list[str], begin: int) -> None:
+    assert hash_strings(pa.array(names)[begin:]).tolist() == hash_strings(names[begin:]).tolist()
+
+
+@given(st.lists(st.integers(0, 5000), max_size=40), st.sampled_from([5001, 10**7, 2**45]))
+def test_keys_are_numbered_as_numpy_does_in_small_and_large_spaces(keys: list[int], space: int) -> None:
+    given_keys = np.array(keys, np.int64)
+    distinct, place = np.unique(given_keys, return_inverse=True)
+    assert distinct_keys(given_keys, space).tolist() == distinct.tolist()
+    assert [found.tolist() for found in number_keys(given_keys, space)] == [distinct.tolist(), place.tolist()]
+    dense = np.tile(given_keys, 200)
+    assert number_keys(dense, space)[1].tolist() == np.tile(place, 200).tolist()
 
 
 @given(texts)

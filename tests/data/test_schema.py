@@ -29,6 +29,11 @@ def _events(**columns: Any) -> pa.Table:
     return pa.table(default | columns)
 
 
+def _read(uri: str, **options: Any) -> tuple[pa.Table, pa.Table]:
+    tables, rejects = read_events(uri, _data(), **options)
+    return pa.concat_tables(tables), rejects
+
+
 def _write(folder: Path, table: pa.Table, name: str = "0000.parquet") -> str:
     folder.mkdir(exist_ok=True)
     pq.write_table(table, folder / name)
@@ -143,7 +148,7 @@ def test_the_second_file_is_checked_too(tmp_path: Path) -> None:
 def test_naive_timestamps_are_utc_in_a_utc_run(tmp_path: Path) -> None:
     uri = _write(tmp_path / "events", _events(time=pa.array([0, 86_400_000_000 - 1], pa.timestamp("us"))))
     (file,) = check_events(uri, _data())
-    assert read_events(file.uri, _data())[0]["day"].to_pylist() == [0, 0]
+    assert _read(file.uri)[0]["day"].to_pylist() == [0, 0]
 
 
 def test_a_missing_table_names_the_place(tmp_path: Path) -> None:
@@ -162,8 +167,8 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     # an empty file beside others is no fault
     _write(tmp_path / "events", _events(), "0001.parquet")
     empty, full = check_events(uri, _data())
-    assert read_events(empty.uri, _data())[0].num_rows == 0
-    assert read_events(full.uri, _data())[0].num_rows == 2
+    assert _read(empty.uri)[0].num_rows == 0
+    assert _read(full.uri)[0].num_rows == 2
 
 
 def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
@@ -203,9 +208,9 @@ def test_rows_are_counted_in_the_file_whatever_the_batches(tmp_path: Path) -> No
     path = str(tmp_path / "events" / "0000.parquet")
     pq.write_table(table, path, row_group_size=4)
     for batch_rows in (1, 3, 100):
-        events, rejects = read_events(path, _data(), batch_rows=batch_rows)
+        events, rejects = _read(path, batch_rows=batch_rows)
         assert rejects["row"].to_pylist() == [0, 5, 9] and events.num_rows == 7
-    events, rejects = read_events(path, _data(), row_groups=[1, 2], first_row=4)
+    events, rejects = _read(path, row_groups=[1, 2], first_row=4)
     assert rejects["row"].to_pylist() == [5, 9] and events["day"].to_pylist() == [4, 6, 7, 8]
 
 
