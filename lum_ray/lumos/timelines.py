@@ -86,8 +86,7 @@ def combine(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa
         for column, operation in _states(behaviour.name, parse(behaviour.aggregate)):
             state = table[column].combine_chunks()
             if operation == "distinct":
-                rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
-                columns[column] = groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False))
+                columns[column] = groups.lists(*groups.distinct_of(state))
             else:
                 present = state.is_valid().to_numpy(zero_copy_only=False)
                 values = pc.fill_null(state, 0).to_numpy(zero_copy_only=False)
@@ -112,8 +111,8 @@ def merge(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.T
                 else table.schema.empty_table()[column].combine_chunks()
             )
             if operation == "distinct":
-                rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
-                states.append(groups.count_distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False)))
+                group, _ = groups.distinct_of(state)
+                states.append(np.bincount(group, minlength=len(groups.starts)).astype(np.int64))
             else:
                 present = state.is_valid().to_numpy(zero_copy_only=False)
                 values = pc.fill_null(state, 0).to_numpy(zero_copy_only=False)
@@ -231,7 +230,7 @@ class _Groups:
     def reduce(self, operation: Operation, values: Int64, present: Bool) -> pa.Array:
         """One value a group, null where none of its rows is `present`; for `distinct` the sorted list of its values."""
         if operation == "distinct":
-            return self.distinct(np.flatnonzero(present), values[present])
+            return self.lists(*self._distinct(np.flatnonzero(present), values[present]))
         if not len(self.starts):
             return pa.array([], pa.int64())
         ufunc, neutral = _REDUCE[operation]
@@ -239,23 +238,33 @@ class _Groups:
         some = np.logical_or.reduceat(present[self.order], self.starts)
         return pa.array(reduced, pa.int64(), mask=~some)
 
-    def distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> pa.Array:
-        """The sorted list of distinct `values` (V,), given with the row each comes from, of every group (G,)."""
-        group, distinct = self._distinct(rows, values)
+    def lists(self, group: Int64, values: Int64) -> pa.Array:
+        """Values (V,) by ascending group as a list for every group (G,)."""
         offsets = np.searchsorted(group, np.arange(len(self.starts) + 1)).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(distinct, pa.int64()))
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64()))
 
-    def count_distinct(self, rows: Int64, values: Int64) -> Int64:
-        """The number of distinct `values` (V,), given with the row each comes from, of every group (G,)."""
-        group, _ = self._distinct(rows, values)
-        return np.bincount(group, minlength=len(self.starts)).astype(np.int64)
+    def distinct_of(self, lists: pa.Array) -> tuple[Int64, Int64]:
+        """(group, value), sorted, each once, of lists (N,) that are sorted and distinct themselves."""
+        rows = np.diff(np.append(self.starts, len(self.order)))
+        taken = lists.take(pa.array(self.order))
+        group = np.repeat(np.arange(len(rows)), rows)[pc.list_parent_indices(taken).to_numpy(zero_copy_only=False)]
+        values = pc.list_flatten(taken).to_numpy(zero_copy_only=False)
+        # nearly every user and day comes from one block: only the others are sorted
+        several = (rows > 1)[group]
+        if several.any():
+            values = values.copy()
+            values[several] = values[several][np.lexsort((values[several], group[several]))]
+        return _each_once(group, values)
 
     def _distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> tuple[Int64, Int64]:
         group_of = np.empty(len(self.order), np.int64)
         group_of[self.order] = np.repeat(np.arange(len(self.starts)), np.diff(np.append(self.starts, len(self.order))))
         group = group_of[rows]
         order = np.lexsort((values, group))
-        group, values = group[order], values[order]
-        new = np.ones(len(group), np.bool_)
-        new[1:] = (group[1:] != group[:-1]) | (values[1:] != values[:-1])
-        return group[new], values[new]
+        return _each_once(group[order], values[order])
+
+
+def _each_once(group: Int64, values: Int64) -> tuple[Int64, Int64]:
+    new = np.ones(len(group), np.bool_)
+    new[1:] = (group[1:] != group[:-1]) | (values[1:] != values[:-1])
+    return group[new], values[new]
