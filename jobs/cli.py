@@ -52,11 +52,15 @@ def _plain(text: str) -> str:
 
 
 def load(run: str, root: str | None, assignments: list[str] | None) -> config.Run:
-    """The run of a file or a preset's name, with overrides."""
+    """The run of a file or a preset's name, with overrides, and with the versions of its Delta tables pinned."""
     extra = [*(assignments or []), *([f"root={root}"] if root else [])]
     if run in presets.PRESETS and not os.path.exists(run):
-        return catalog.read_run(config.override(config.dump(presets.PRESETS[run]()), extra))
-    return catalog.load_run(run, extra)
+        loaded = catalog.read_run(config.override(config.dump(presets.PRESETS[run]()), extra))
+    else:
+        loaded = catalog.load_run(run, extra)
+    from lum_ray.steps.prepare import pinned
+
+    return pinned(loaded, say)
 
 
 def say(text: str) -> None:

@@ -155,13 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     total = sum(pq.read_metadata(file).num_rows for file in files)
     watched, base = root / "events", root / "base"
     note(f"{total:,} events; preparing the base")
-    prepared(linked(watched, files[:-1]), base)
-    kept = {path.name for path in (base / "timelines").iterdir()}
+    _, kept = prepared(linked(watched, files[:-1]), base)
 
     seconds: dict[str, list[float]] = {"no_op": [], "increment": [], "rebuild": []}
     for repeat in range(repeats):
-        for old in (base / "timelines").iterdir():
-            if old.name not in kept:
+        for old in (base / "timelines").absolute().iterdir():
+            if str(old) != os.path.abspath(kept):
                 shutil.rmtree(old)
         shutil.rmtree(root / "rebuilt", ignore_errors=True)
         cpu_s, increment = prepared(linked(watched, files), base)

@@ -94,9 +94,14 @@ def prepare_timelines(
         return _build(
             data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows, lineage, log, events
         )
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         # another driver built the same artifact and removed `_work/` under us: its result is ours
         found = artifacts.find(uri)
+        if found is None and lineage is not None:
+            raise UserError(
+                f"{error}: this file was removed while {uri} was being prepared; if `lum-ray compact` ran meanwhile, "
+                "or somebody removed an earlier artifact, prepare again"
+            ) from error
         if found is None:
             raise
         _clean(uri)

@@ -182,10 +182,13 @@ def _profile_columns(data: Data) -> list[str]:
 
 
 def _merge(job: Job, task: Task) -> tuple[Task, pa.Table]:
-    pieces = [buckets.gather_states(task["states"], task["index"], job.log2_buckets, job.files)]
+    table = buckets.gather_states(task["states"], task["index"], job.log2_buckets, job.files)
     if task["sources"]:
-        pieces.append(buckets.gather([join(job.work, name) for name in task["sources"]], task["index"]))
-    table = pa.concat_tables(pieces, promote_options="permissive").combine_chunks()
+        fresh = buckets.gather([join(job.work, name) for name in task["sources"]], task["index"])
+        if table.num_columns and pa.types.is_dictionary(fresh["user"].type):
+            table = table.set_column(0, "user", table["user"].dictionary_encode())
+        table = pa.concat_tables([table, fresh], promote_options="permissive")
+    table = table.combine_chunks()
     rejects = REJECTS.empty_table()
     made: Task = {"file": task["file"], "row_groups": [], "rows": 0, "active_days": 0, "bytes": 0}
     made |= {"state_rows": 0, "state_days": 0, "new_users": []}

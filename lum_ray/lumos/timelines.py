@@ -80,20 +80,20 @@ def partial(events: pa.Table, behaviours: Sequence[Behaviour]) -> pa.Table:
 
 
 def combine(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.Table:
-    """Several tables of states (at least one) as one, in the form of `partial`, whatever their number and order."""
+    """Several tables of states (at least one) as one, whatever their number and order: as `partial` makes it, but with
+    plain strings as users, in the order of their names."""
     table = pa.concat_tables(partials, promote_options="permissive").combine_chunks()
-    groups = _Groups.of(table)
-    columns: dict[str, pa.Array] = {"user": groups.user, "day": groups.day}
+    groups = _Groups.of(_by_name(table["user"]), table["day"])
+    columns: dict[str, pa.Array] = {"user": groups.user.cast(pa.string()), "day": groups.day}
     for behaviour in behaviours:
         for column, operation in _states(behaviour.name, parse(behaviour.aggregate)):
-            state = table[column].combine_chunks()
+            state = _array(table[column])
             if operation == "distinct":
                 rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
-                columns[column] = groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False))
+                columns[column] = groups.lists(*groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False)))
             else:
-                present = state.is_valid().to_numpy(zero_copy_only=False)
-                values = pc.fill_null(state, 0).to_numpy(zero_copy_only=False)
-                columns[column] = groups.reduce(operation, values, present)
+                present = state.is_valid().to_numpy(zero_copy_only=False) if state.null_count else None
+                columns[column] = groups.reduce(operation, _or_0(state), present)
     return pa.table(columns)
 
 
@@ -111,7 +111,8 @@ def merge(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.T
             state = _array(table[column])
             if operation == "distinct":
                 rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
-                states.append(groups.count_distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False)))
+                group, _ = groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False))
+                states.append(np.bincount(group, minlength=len(groups.day)).astype(np.int64))
             else:
                 present = state.is_valid().to_numpy(zero_copy_only=False) if state.null_count else None
                 reduced = groups.reduce(operation, _or_0(state), present)
@@ -256,9 +257,7 @@ class _Groups:
         rows = None if present is None or present.all() else np.flatnonzero(present)
         of_row, values = (self.of_row, values) if rows is None else (self.of_row[rows], values[rows])
         if operation == "distinct":
-            group, distinct = _distinct(of_row, values)
-            offsets = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=len(self.day)))]).astype(np.int32)
-            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(distinct, pa.int64()))
+            return self.lists(*_distinct(of_row, values))
         ufunc, neutral = _REDUCE[operation]
         reduced = np.full(len(self.day), neutral, np.int64)
         ufunc.at(reduced, of_row, values)
@@ -268,10 +267,14 @@ class _Groups:
         some[of_row] = True
         return pa.array(reduced, pa.int64(), mask=~some)
 
-    def count_distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> Int64:
-        """The number of distinct `values` (V,), given with the row each comes from, of every group (G,)."""
-        group, _ = _distinct(self.of_row[rows], values)
-        return np.bincount(group, minlength=len(self.day)).astype(np.int64)
+    def distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> tuple[Int64, Int64]:
+        """(group, value), sorted, each once, of `values` (V,), given with the row that each comes from."""
+        return _distinct(self.of_row[rows], values)
+
+    def lists(self, group: Int64, values: Int64) -> pa.Array:
+        """Values (V,) by ascending group as a list for every group (G,)."""
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=len(self.day)))]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64()))
 
 
 def _distinct(group: Int32, values: Int64) -> tuple[Int64, Int64]:

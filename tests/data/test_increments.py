@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lum_ray import artifacts
-from lum_ray.artifacts import Artifact, UserError
+from lum_ray.artifacts import Artifact, UserError, digest
 from lum_ray.config import Data, Events, Profiles
 from lum_ray.data import buckets
-from lum_ray.data.prepare import Tokenizer
+from lum_ray.data.compact import compact
+from lum_ray.data.prepare import Tokenizer, prepare_timelines
+from lum_ray.data.raw import RawTables
 from lum_ray.lumos import timelines
 from tests.data.increments import BEHAVIOURS, GTS, LUMOS, USERS, Root, day_of, events, same_rows
 
@@ -224,6 +226,46 @@ def test_a_killed_increment_goes_on(tmp_path: Path) -> None:
         root.prepare()
     assert len(_made(tmp_path)) == 1
     same_rows(root.prepare(), root.rebuild())
+
+
+def test_a_file_that_comes_while_others_are_read_is_the_next_increments(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    root.write("a", events(200, 0, 0, 30))
+    folder = str(tmp_path / "events")
+    prints = {"events": artifacts.fingerprint(folder), "profiles": None}
+    root.write("b", events(40, 1, 28, 31))
+    uri = str(tmp_path / "made" / digest(prints, 7))
+    arguments = (root.data, RawTables(folder), uri, LUMOS, "local", prints)
+    first = prepare_timelines(*arguments, lineage=digest(7, None))
+    assert first.manifest["events"] == 200
+    made = root.prepare()
+    assert root.said[-1].startswith("continuing") and made.manifest["events"] == 240
+    same_rows(made, root.rebuild())
+    # one that is written anew meanwhile is neither what was seen nor whole
+    root.write("a", events(300, 0, 0, 30))
+    shutil.rmtree(first.uri)
+    with pytest.raises(UserError, match=r"a\.parquet: was changed while it was being prepared"):
+        prepare_timelines(*arguments, lineage=digest(7, None))
+
+
+def test_a_base_that_is_compacted_meanwhile_is_still_a_base(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    for index, (first, end) in enumerate([(0, 20), (20, 30)]):
+        root.write(str(index), events(200, index, first, end))
+        base = root.prepare()
+
+    def partial(table: pa.Table, behaviours: Sequence[Any]) -> pa.Table:
+        compact(base.uri, root.said.append)
+        return timelines.partial(table, behaviours)
+
+    root.write("2", events(40, 2, 29, 31))
+    root.tokenizer = replace(LUMOS, partial=partial)
+    with pytest.raises(UserError, match="prepare again"):
+        root.prepare()
+    root.tokenizer = LUMOS
+    made = root.prepare()
+    assert made.manifest["parts"][0]["path"] == "part-0-30"
+    same_rows(made, root.rebuild())
 
 
 def test_manifests_are_json_of_plain_values(tmp_path: Path) -> None:
