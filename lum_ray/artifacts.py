@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ __all__ = [
     "Storage",
     "UserError",
     "commit",
+    "commit_folder",
     "digest",
     "download",
     "find",
@@ -244,6 +246,33 @@ def commit(uri: str, manifest: Mapping[str, Any]) -> Artifact:
             # a try whose answer was lost may have written it: then the next finds it there
             with contextlib.suppress(FileExistsError):
                 _ask(place.s3, lambda client: client.pipe_file(place.path, content, mode="create"))
+    return open_artifact(uri)
+
+
+def commit_folder(uri: str, manifest: Mapping[str, Any], fill: Callable[[Storage], None]) -> Artifact:
+    """Have `fill` write the files of an artifact, and commit it. For files that are written in place, not atomically.
+
+    On a local disk they are written beside it and appear at once; on S3 every object does, so that two drivers which
+    write the same bytes do not disturb each other there.
+    """
+    place = storage(uri)
+    with reaching(uri):
+        if not place.is_local:
+            fill(place)
+            return commit(uri, manifest)
+        apart = f"{place.path}.{uuid.uuid4().hex}.tmp"
+        try:
+            os.makedirs(apart)
+            fill(Storage(place.filesystem, apart))
+            commit(apart, manifest)
+            os.rename(apart, place.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if find(uri) is None:  # else another driver was first
+                raise UserError(f"{uri}: half-written by an earlier version of lum_ray; remove this folder") from None
+        finally:
+            shutil.rmtree(apart, ignore_errors=True)
     return open_artifact(uri)
 
 

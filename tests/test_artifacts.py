@@ -61,3 +61,43 @@ def test_write_bytes_replaces_whole_files(tmp_path: Path) -> None:
     artifacts.write_json(uri, {"a": 2})
     assert artifacts.read_json(uri) == {"a": 2}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.json"]
+
+
+def test_a_folder_written_by_two_drivers_appears_whole_and_once(tmp_path: Path) -> None:
+    """The slower one is in the middle of its files when the other has committed; a reader sees no difference."""
+    uri, halfway, go_on = str(tmp_path / "raw" / "x"), threading.Event(), threading.Event()
+
+    def quick(place: artifacts.Storage) -> None:
+        (Path(place.path) / "table").write_bytes(b"whole")
+
+    def slow(place: artifacts.Storage) -> None:
+        with (Path(place.path) / "table").open("wb") as stream:
+            stream.write(b"wh")
+            stream.flush()
+            halfway.set()
+            assert go_on.wait(30)
+            stream.write(b"ole")
+
+    late: list[artifacts.Artifact] = []
+    other = threading.Thread(target=lambda: late.append(artifacts.commit_folder(uri, {"by": "slow"}, slow)))
+    other.start()
+    assert halfway.wait(30)
+    assert artifacts.find(uri) is None
+    assert artifacts.commit_folder(uri, {"by": "quick"}, quick).manifest == {"by": "quick"}
+    assert (Path(uri) / "table").read_bytes() == b"whole"
+    go_on.set()
+    other.join(30)
+    assert late[0].manifest == {"by": "quick"}
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["x"]
+
+    def broken(place: artifacts.Storage) -> None:
+        quick(place)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device"):
+        artifacts.commit_folder(str(tmp_path / "raw" / "y"), {}, broken)
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["x"]
+    (tmp_path / "raw" / "z").mkdir()
+    (tmp_path / "raw" / "z" / "table").write_bytes(b"wh")
+    with pytest.raises(UserError, match=r"raw/z: half-written by an earlier version of lum_ray; remove this folder"):
+        artifacts.commit_folder(str(tmp_path / "raw" / "z"), {}, quick)

@@ -124,7 +124,7 @@ def test_a_root_that_cannot_be_reached_is_one_line_on_the_command_line(s3_server
     environment = os.environ | {"PYTHONPATH": str(ROOT), "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "jobs.cli", "validate", "lumos_tiny", "--root", "s3://lum-ray/nowhere"]
     done = subprocess.run(
-        command, env=environment | {"LUM_RAY_S3_RETRY_S": "0.5"}, capture_output=True, text=True, timeout=60
+        command, env=environment | {"LUM_RAY_S3_RETRY_S": "0.5"}, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 1
     assert "no good answer from http://127.0.0.1:9" in done.stderr

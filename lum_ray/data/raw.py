@@ -183,7 +183,9 @@ def batches(
     deleted = np.array(overlay.deleted, np.int64)
     row = first_row
     try:
-        for table in _joined(file.iter_batches(batch_rows, row_groups=groups, columns=stored, use_threads=False), batch_rows):
+        for table in _joined(
+            file.iter_batches(batch_rows, row_groups=groups, columns=stored, use_threads=False), batch_rows
+        ):
             rows = table.num_rows
             for name, value in constants.items():
                 table = table.append_column(name, pa.repeat(value, rows))

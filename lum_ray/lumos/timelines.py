@@ -90,7 +90,9 @@ def combine(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa
             state = _array(table[column])
             if operation == "distinct":
                 rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
-                columns[column] = groups.lists(*groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False)))
+                columns[column] = groups.lists(
+                    *groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False))
+                )
             else:
                 present = state.is_valid().to_numpy(zero_copy_only=False) if state.null_count else None
                 columns[column] = groups.reduce(operation, _or_0(state), present)

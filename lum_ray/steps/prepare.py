@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 
 from lum_ray.artifacts import (
     Artifact,
+    Storage,
     UserError,
     commit,
+    commit_folder,
     digest,
     find,
     fingerprint,
     join,
-    reaching,
     read_bytes,
-    storage,
     write_bytes,
 )
 from lum_ray.config import Run, Subset, day_number
@@ -143,10 +143,12 @@ def _written(run: Run, log: Log) -> tuple[str, str]:
     uri = join(run.root, "raw", f"{source.adapter}-{name}")
     if find(uri) is None:
         log(f"writing raw tables of {source.adapter}")
-        place = storage(uri)
-        with reaching(uri):
+        manifest = {"kind": "raw", "digest": name, "source": asdict(source)}
+
+        def fill(place: Storage) -> None:
             write_source(source.adapter, place.path, place.filesystem, source.path, source.options)
-        commit(uri, {"kind": "raw", "digest": name, "source": asdict(source)})
+
+        commit_folder(uri, manifest, fill)
     return uri, name
 
 

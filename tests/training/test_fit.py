@@ -141,4 +141,4 @@ def test_a_worker_that_hangs_is_given_up(session: None, tmp_path: Path) -> None:
     result = fit(loop, workers=2, storage_path=str(tmp_path / "ray"), max_failures=1, peers_timeout_s=8)
     assert result["step"] == 9
     assert result["resumed_from"] in (3, 6)
-    assert time.monotonic() - started_at < 200
+    assert time.monotonic() - started_at < 600  # not the 1,800 s of torch
