@@ -115,7 +115,7 @@ def _group(file: RawFile, name: str) -> str:
 def clean_profiles(
     table: pa.Table, data: Data, file: str = "profiles", first_row: int = 0
 ) -> tuple[pa.Table, pa.Table]:
-    """Profiles (as they are in a file or a request) in canonical form, and the rejects (file, row, reason).
+    """Profiles (as they are in a file or a request) in canonical form, and the rejects (REJECTS).
 
     Returns (user, registered int32, ends int32, segment string, numbers float64, categories and splits string), nulls
     where unknown. Rejected: a null user, a registration or end that is no day within 32 bits; an infinite number
@@ -132,7 +132,7 @@ def clean_profiles(
         if name is not None:
             day = to_day(table[name], data.time_zone)
             rejected.add(
-                mask(pc.and_(pc.is_null(day), pc.is_valid(table[name]))), f"`{name}` is {{}}, no day", table[name]
+                mask(pc.and_(pc.is_null(day), pc.is_valid(table[name]))), f"`{name}` is no day", table[name]
             )
             columns[key] = pa.chunked_array([day])
     segment = pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
@@ -140,12 +140,12 @@ def clean_profiles(
     for name in numbers:
         number = pc.cast(plain(table[name]), pa.float64(), safe=False)
         infinite = mask(pc.is_inf(number))
-        noted.add(infinite & ~rejected.bad, f"`{name}` is {{}}, taken as missing", number)
+        noted.add(infinite & ~rejected.bad, f"`{name}` is infinite, taken as missing", number)
         columns[name] = pc.if_else(pc.is_finite(number), number, pa.scalar(None, pa.float64()))
     for name in categories:
         columns[name] = pc.cast(plain(table[name]), pa.string())
     cleaned = pa.table(columns).filter(pa.array(~rejected.bad))
-    return cleaned, pa.concat_tables([rejected.table(), noted.table()]).sort_by("row")
+    return cleaned, pa.concat_tables([given.table(columns["user"]) for given in (rejected, noted)]).sort_by("row")
 
 
 def repeated_users(profiles: pa.Table) -> list[str]:
@@ -213,27 +213,28 @@ def clean_calendar(
         )
     is_global = pc.equal(columns["scope"], "global")
     known = pc.is_in(columns["scope"], value_set=pa.array(SCOPES))
-    rejected.add(~mask(known), f"scope: expected one of {', '.join(SCOPES)}, got {{}}", columns["scope"])
+    rejected.add(~mask(known), f"scope: is none of {', '.join(SCOPES)}", columns["scope"])
     rejected.add(
         mask(pc.and_(pc.invert(is_global), pc.is_null(columns["key"]))),
-        "key: expected the {}'s, got null",
+        "key: is null, but the scope is not global",
         columns["scope"],
     )
     for name in ("start_day", "end_day"):
-        rejected.add(mask(pc.is_null(columns[name])), f"{name}: expected a day, got {{}}", raw[name])
+        rejected.add(mask(pc.is_null(columns[name])), f"{name}: is no day", raw[name])
     rejected.add(
         mask(pc.and_(pc.is_null(columns["known_at"]), pc.is_valid(raw["known_at"]))),
-        "known_at: no day: {}",
+        "known_at: is no day",
         raw["known_at"],
     )
     rejected.add(
-        mask(pc.less(columns["end_day"], columns["start_day"])), "end_day: {} is before start_day", raw["end_day"]
+        mask(pc.less(columns["end_day"], columns["start_day"])), "end_day: is before start_day", raw["end_day"]
     )
-    rejected.add(mask(pc.is_null(columns["event_type"])), "event_type is null")
-    rejected.add(mask(pc.invert(pc.is_finite(columns["value"]))), "value is {}; null means 1", columns["value"])
+    rejected.add(mask(pc.is_null(columns["event_type"])), "event_type: is null")
+    rejected.add(mask(pc.invert(pc.is_finite(columns["value"]))), "value: is not finite; null means 1", columns["value"])
     columns["key"] = pc.if_else(is_global, pa.scalar(None, pa.string()), columns["key"])
     cleaned = pa.table(columns).select(CALENDAR.names).cast(CALENDAR)
-    return cleaned.filter(pa.array(~rejected.bad)), rejected.table()
+    whose = pc.if_else(pc.equal(columns["scope"], "user"), columns["key"], pa.scalar(None, pa.string()))
+    return cleaned.filter(pa.array(~rejected.bad)), rejected.table(whose)
 
 
 def canonical_calendar(data: Data, uri: str | None, first_day: int, end_day: int) -> tuple[pa.Table, pa.Table]:

@@ -24,6 +24,7 @@ from lum_ray.data.schema import (
     batches,
     check_time,
     check_user,
+    first_rejects,
     mask,
     raw_files,
     require,
@@ -81,7 +82,7 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
             if graph.weight:
                 given = pc.cast(plain(batch[graph.weight]), pa.float64(), safe=False)
                 weight = np.asarray(pc.fill_null(given, float("nan")).to_numpy(), np.float64)
-                rejected.add(~(np.isfinite(weight) & (weight > 0)), f"`{graph.weight}` is {{}}, not above 0", given)
+                rejected.add(~(np.isfinite(weight) & (weight > 0)), f"`{graph.weight}` is not a number above 0", given)
             kept = ~rejected.bad
             if graph.known_at:
                 day = to_day(batch[graph.known_at], data.time_zone)
@@ -100,13 +101,12 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
             weights.append(weight[kept])
     bad = pa.concat_tables(rejects)
     if bad.num_rows > data.max_reject_share * rows:
-        lines = [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in bad.slice(0, 5).to_pylist()]
         raise UserError(
             "\n".join(
                 [
                     f"graph: {bad.num_rows} of {rows} rows break the schema, more than data.max_reject_share = "
                     f"{data.max_reject_share:.2%}; mend them at the source",
-                    *lines,
+                    *first_rejects(bad),
                 ]
             )
         )

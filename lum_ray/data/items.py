@@ -29,6 +29,7 @@ from lum_ray.data.schema import (
     Rejected,
     batches,
     check_user,
+    first_rejects,
     item_column,
     mask,
     raw_files,
@@ -110,7 +111,7 @@ def check_items(uri: str, data: Data) -> list[RawFile]:
 
 
 def read_items(uri: str, data: Data) -> tuple[Catalogue, pa.Table]:
-    """The catalogue of the items table at `uri`, and the rejects (file, row, reason).
+    """The catalogue of the items table at `uri`, and the rejects (REJECTS).
 
     Rejected: a null ID, an item without any text; an infinite number is taken as missing and noted. Raises UserError
     for what `check_items` refuses, an item that has two rows, more rejects than `data.max_reject_share`, no item that
@@ -144,11 +145,11 @@ def clean_items(table: pa.Table, items: Items, file: str = "items", first_row: i
     led = [pc.if_else(pc.equal(part, ""), "", pc.binary_join_element_wise(SEPARATOR, part, "")) for part in parts]
     text = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*led, ""), len(SEPARATOR))
     rejected.add(mask(pc.is_null(ids)), f"`{items.item}` is null")
-    rejected.add(mask(pc.equal(text, "")), f"{{}} has no text: {', '.join(items.text)}", ids)
+    rejected.add(mask(pc.equal(text, "")), f"has no text: {', '.join(items.text)}", ids)
     columns = {"item": ids, "text": text}
     for name in items.numbers:
         number = pc.cast(plain(table[name]), pa.float64(), safe=False)
-        noted.add(mask(pc.is_inf(number)) & ~rejected.bad, f"`{name}` is {{}}, taken as missing", number)
+        noted.add(mask(pc.is_inf(number)) & ~rejected.bad, f"`{name}` is infinite, taken as missing", number)
         columns[f"number.{name}"] = pc.if_else(pc.is_finite(number), number, pa.scalar(None, pa.float64()))
     for name in items.categories:
         columns[f"category.{name}"] = _words(table[name])
@@ -231,7 +232,7 @@ def _check_hashes(uri: str, ids: list[str], hashes: Int64) -> None:
 
 
 def _too_many(data: Data, rejects: pa.Table, rows: int, left: int) -> UserError:
-    lines = [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in rejects.slice(0, 5).to_pylist()]
+    lines = first_rejects(rejects)
     more = [f"  ... and {rejects.num_rows - 5} more"] if rejects.num_rows > 5 else []
     head = (
         f"items: {rejects.num_rows} of {rows} rows break the schema, more than data.max_reject_share = "

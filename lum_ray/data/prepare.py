@@ -32,7 +32,7 @@ from lum_ray.artifacts import Artifact, UserError, join, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data import buckets
 from lum_ray.data.context import canonical_calendar, check_profiles, has_dates, repeated_users_error
-from lum_ray.data.schema import REJECTS, RawFile, RawTables, check_events, raw_files
+from lum_ray.data.schema import REJECTS, RawFile, RawTables, check_events, first_rejects, raw_files
 from lum_ray.data.tasks import Job, Task, Tokenizer, map_tasks, merge_tasks, run_task
 
 __all__ = ["Engine", "Progress", "Tokenizer", "prepare_calendar", "prepare_timelines", "silent"]
@@ -275,7 +275,7 @@ def _check_rejects(job: Job, results: Sequence[Task], rows_in: dict[str, int]) -
 
 
 def _too_many(data: Data, table: str, count: int, total: int, rejects: pa.Table, uri: str) -> UserError:
-    lines = [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in rejects.slice(0, 5).to_pylist()]
+    lines = first_rejects(rejects)
     more = (
         [f"  ... and {count - len(lines)} more, in {join(uri, 'rejects', '0000.parquet')}"]
         if count > len(lines)

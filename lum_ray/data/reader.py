@@ -166,8 +166,8 @@ class Timelines:
                 return file.read_row_group(group.index, columns=names).select(names), size
         except FileNotFoundError as error:
             raise UserError(
-                f"{group.uri}: the manifest of {self.uri} names this file, but it is not there; restore it, or "
-                "remove the artifact's folder and prepare again"
+                f"{group.uri}: the manifest of {self.uri} names this file, but it is not there; start again (`forget` may have "
+                "rewritten the artifact meanwhile), restore it, or remove the artifact's folder and prepare again"
             ) from error
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
@@ -316,10 +316,10 @@ def _check_days(history: _History, where: str, repeats: bool) -> None:
     wrong = np.flatnonzero(inside & (step < (0 if repeats else 1)))[:5] + 1
     if len(wrong):
         row = np.searchsorted(np.cumsum(history.lengths), wrong, side="right")
-        pairs = list(zip(history.user.take(row).to_pylist(), history.days[wrong].tolist(), strict=True))
+        users = list(dict.fromkeys(history.user.take(row).to_pylist()))
         raise UserError(
             f"{where}: expected {'' if repeats else 'each (user, day) once and '}days ascending, over all parts; "
-            f"got again {pairs}; "
+            f"not so for the users {users}; "
             "prepare the timelines anew, or remove the repeated rows"
         )
 

@@ -2,8 +2,9 @@
 
 Checks come in two kinds. What is wrong with a file (not parquet, cut off, a missing or mistyped column, no rows) stops
 everything with a UserError before anything starts. What is wrong with a row sends the row to the rejects, a table of
-(file, row, reason): `file` is `<table>/<path below the table's folder>`, so that it does not depend on the machine,
-`row` counts from 0 in the file.
+(file, row, reason, value, user): `file` is `<table>/<path below the table's folder>`, so that it does not depend on the
+machine, `row` counts from 0 in the file. `reason` names columns and holds no data, since logs show it; the value that
+it is about, and whose row it was, are columns of their own for whoever mends the rows.
 
 Choices: a timestamp without a zone is refused unless the run's time zone is UTC (then it is read as UTC; see `times`).
 Integer users and items are read as their decimal digits.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import zoneinfo
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,9 @@ from lum_ray.data.expressions import parse, plain, to_units
 from lum_ray.data.times import to_day, to_instant
 
 Bool = npt.NDArray[np.bool_]
-REJECTS = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
+REJECTS = pa.schema(
+    [("file", pa.string()), ("row", pa.int64()), *((name, pa.string()) for name in ("reason", "value", "user"))]
+)
 RESERVED = ("bucket", "user", "user_hash", "days", "day")
 """Columns of the timelines, which no behaviour may be named after."""
 PROVENANCE = ("@id", "@file", "@row")
@@ -214,9 +217,10 @@ class Rejected:
         self.bad = np.zeros(rows, np.bool_)
         self._rows: list[npt.NDArray[np.int64]] = []
         self._reasons: list[pa.Array] = []
+        self._values: list[pa.Array] = []
 
     def add(self, wrong: Bool, reason: str, values: pa.ChunkedArray | None = None) -> None:
-        """Reject the rows of the mask `wrong` (N,) that are not rejected yet; `{}` in `reason` is a row's value."""
+        """Reject the rows of the mask `wrong` (N,) that are not rejected yet; `values` (N,) are what is wrong."""
         rows = np.flatnonzero(wrong & ~self.bad)
         if len(rows) == 0:
             return
@@ -226,17 +230,30 @@ class Rejected:
             [None] * len(rows) if values is None else pc.cast(pc.take(values, pa.array(rows)), pa.string()).to_pylist()
         )
         self._rows.append(rows)
-        self._reasons.append(pa.array([reason.format(value) for value in shown], pa.string()))
+        self._reasons.append(pa.repeat(pa.scalar(reason), len(rows)))
+        self._values.append(pa.array(shown, pa.string()))
 
-    def table(self) -> pa.Table:
-        """The rejects so far, by row."""
+    def table(self, users: pa.ChunkedArray | None = None) -> pa.Table:
+        """The rejects so far, by row; `users` (N,) are those of all rows of the block."""
         if not self._rows:
             return REJECTS.empty_table()
         rows = np.concatenate(self._rows)
         order = np.argsort(rows)
-        reasons = pa.concat_arrays(self._reasons).take(pa.array(order))
+        reasons, values = (pa.concat_arrays(parts).take(pa.array(order)) for parts in (self._reasons, self._values))
         file = pa.repeat(pa.scalar(self.file), len(rows))
-        return pa.table([file, pa.array(rows[order] + self.first_row, pa.int64()), reasons], schema=REJECTS)
+        whose = pa.nulls(len(rows), pa.string()) if users is None else users.take(pa.array(rows[order]))
+        row = pa.array(rows[order] + self.first_row, pa.int64())
+        return pa.table([file, row, reasons, values, whose], schema=REJECTS)
+
+
+def first_rejects(rejects: pa.Table) -> list[str]:
+    """The first five as lines for a message: where and why, without data."""
+    return [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in rejects.slice(0, 5).to_pylist()]
+
+
+def with_value(reject: Mapping[str, Any]) -> str:
+    """A reject's reason and its value: for the one who sent it in a request, never for a log."""
+    return str(reject["reason"]) + (f", got {reject['value']}" if reject["value"] is not None else "")
 
 
 def mask(values: Any) -> Bool:
@@ -247,7 +264,7 @@ def mask(values: Any) -> Bool:
 
 
 def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: int = 0) -> tuple[pa.Table, pa.Table]:
-    """Events (N rows, as they are in a file or a request) for the tokenizer, and the rejects (file, row, reason).
+    """Events (N rows, as they are in a file or a request) for the tokenizer, and the rejects (REJECTS).
 
     Returns (user string, day int32, the columns that the behaviours use; without behaviours but with `events.item`:
     item string, time_us and offset_min, see `to_instant`; with `events.id` also PROVENANCE, see `drop_repeats`).
@@ -264,12 +281,12 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     day = to_day(time, data.time_zone)
     rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
     rejected.add(mask(pc.is_null(time)), f"`{data.events.time}` is null")
-    rejected.add(mask(pc.is_null(day)), f"`{data.events.time}` is {{}}, which is not a day within 32 bits", time)
+    rejected.add(mask(pc.is_null(day)), f"`{data.events.time}` is not a day within 32 bits", time)
     if data.start is not None:
-        rejected.add(mask(pc.less(day, day_number(data.start))), f"{{}} is before data.start, {data.start}", time)
+        rejected.add(mask(pc.less(day, day_number(data.start))), f"`{data.events.time}` is before data.start, {data.start}", time)
     if data.end is not None:
         rejected.add(
-            mask(pc.greater_equal(day, day_number(data.end))), f"{{}} is not before data.end, {data.end}", time
+            mask(pc.greater_equal(day, day_number(data.end))), f"`{data.events.time}` is not before data.end, {data.end}", time
         )
 
     used: dict[str, pa.ChunkedArray] = {}
@@ -278,18 +295,18 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
         require(require_in, {"data.behaviours": name})
         used[name] = _plain(table, name, file)
         if pa.types.is_floating(used[name].type):
-            rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is {{}}", used[name])
+            rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is not a finite number", used[name])
     events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
     for item, aggregate in aggregates:
         if aggregate.function in ("sum", "min", "max", "mean"):
             value = aggregate.evaluate(events)
             units = to_units(value, item.resolution)
-            rejected.add(units.infinite, f"{item.name}: {aggregate} is {{}}", value)
+            rejected.add(units.infinite, f"{item.name}: {aggregate} is not finite", value)
             rejected.add(
-                units.finer, f"{item.name}: {aggregate} is {{}}, finer than the resolution {item.resolution}", value
+                units.finer, f"{item.name}: {aggregate} is finer than the resolution {item.resolution}", value
             )
             rejected.add(
-                units.large, f"{item.name}: {aggregate} is {{}}, more than 2^48 times {item.resolution}", value
+                units.large, f"{item.name}: {aggregate} is more than 2^48 times {item.resolution}", value
             )
     if (items := item_column(data)) is not None:
         require(require_in, {"data.events.item": items})
@@ -297,7 +314,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
         own = pc.cast(_plain(table, items, file), pa.string())
         time_us, offset_min = to_instant(time, data.time_zone)
         rejected.add(mask(pc.is_null(own)), f"`{items}` is null")
-        rejected.add(mask(pc.is_null(time_us)), f"`{data.events.time}` is {{}}, too far for microseconds", time)
+        rejected.add(mask(pc.is_null(time_us)), f"`{data.events.time}` is too far for microseconds", time)
         for name, column in (("item", own), ("time_us", time_us), ("offset_min", offset_min)):
             events = events.append_column(name, column)
     if data.events.id is not None:
@@ -307,7 +324,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
         rows = pa.array(np.arange(first_row, first_row + table.num_rows))
         for name, column in zip(PROVENANCE, (identity, pa.repeat(pa.scalar(file), table.num_rows), rows), strict=True):
             events = events.append_column(name, column)
-    return (events.filter(pa.array(~rejected.bad)) if rejected.bad.any() else events), rejected.table()
+    return (events.filter(pa.array(~rejected.bad)) if rejected.bad.any() else events), rejected.table(user)
 
 
 def read_events(
@@ -366,16 +383,16 @@ def drop_repeats(events: pa.Table) -> tuple[pa.Table, pa.Table]:
         user, identity = (events[name].combine_chunks() for name in keys[:2])
         again[1:] = mask(pc.and_(pc.equal(user[1:], user[:-1]), pc.equal(identity[1:], identity[:-1])))
     bad = events.filter(pa.array(again))
-    reason = pc.binary_join_element_wise("repeats the id ", bad["@id"], " of user ", bad["user"], "")
-    rejects = pa.table([bad["@file"], bad["@row"], reason], schema=REJECTS)
+    reason = pa.repeat(pa.scalar("repeats an id of its user"), bad.num_rows)
+    rejects = pa.table([bad["@file"], bad["@row"], reason, bad["@id"], bad["user"]], schema=REJECTS)
     return events.filter(pa.array(~again)).drop_columns(list(PROVENANCE)), rejects
 
 
 def _plain(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
     try:
         return plain(table[name])
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits: {error}; cast it") from None
+    except pa.ArrowInvalid:  # its message holds the value
+        raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits; cast it") from None
 
 
 def _decoded(found: pa.DataType) -> pa.DataType:
