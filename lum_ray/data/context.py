@@ -131,9 +131,7 @@ def clean_profiles(
         columns[key] = pa.chunked_array([pa.nulls(table.num_rows, pa.int32())])
         if name is not None:
             day = to_day(table[name], data.time_zone)
-            rejected.add(
-                mask(pc.and_(pc.is_null(day), pc.is_valid(table[name]))), f"`{name}` is no day", table[name]
-            )
+            rejected.add(mask(pc.and_(pc.is_null(day), pc.is_valid(table[name]))), f"`{name}` is no day", table[name])
             columns[key] = pa.chunked_array([day])
     segment = pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
     columns["segment"] = segment if profiles.segment is None else pc.cast(plain(table[profiles.segment]), pa.string())
@@ -230,7 +228,9 @@ def clean_calendar(
         mask(pc.less(columns["end_day"], columns["start_day"])), "end_day: is before start_day", raw["end_day"]
     )
     rejected.add(mask(pc.is_null(columns["event_type"])), "event_type: is null")
-    rejected.add(mask(pc.invert(pc.is_finite(columns["value"]))), "value: is not finite; null means 1", columns["value"])
+    rejected.add(
+        mask(pc.invert(pc.is_finite(columns["value"]))), "value: is not finite; null means 1", columns["value"]
+    )
     columns["key"] = pc.if_else(is_global, pa.scalar(None, pa.string()), columns["key"])
     cleaned = pa.table(columns).select(CALENDAR.names).cast(CALENDAR)
     whose = pc.if_else(pc.equal(columns["scope"], "user"), columns["key"], pa.scalar(None, pa.string()))

@@ -32,6 +32,7 @@ from lum_ray.artifacts import Artifact, UserError, join, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data import buckets
 from lum_ray.data.context import canonical_calendar, check_profiles, has_dates, repeated_users_error
+from lum_ray.data.forgotten import forgotten_users, without, without_theirs
 from lum_ray.data.schema import REJECTS, RawFile, RawTables, check_events, first_rejects, raw_files
 from lum_ray.data.tasks import Job, Task, Tokenizer, map_tasks, merge_tasks, run_task
 
@@ -62,13 +63,14 @@ def prepare_timelines(
     progress: Progress = silent,
     log2_buckets: int | None = None,
     block_rows: int = BLOCK_ROWS,
+    root: str | None = None,
 ) -> Artifact:
     """Build the timelines artifact at `uri` (its last part is the digest), or return it where it is committed already.
 
     `fingerprint` (of the inputs) is kept in the manifest, `log2_buckets` is inherited where the artifact continues
     another, `block_rows` is about what a map task reads (at least a row group). Profiles are prepared where
-    `data.profiles` is set. Raises UserError for tables that cannot be read, break the schema, or hold more than
-    `max_reject_share` bad rows.
+    `data.profiles` is set. The users who are forgotten under `root` are left out. Raises UserError for tables that
+    cannot be read, break the schema, or hold more than `max_reject_share` bad rows.
 
     A tokenizer that keeps events one by one makes the same layout with a row an event, of the kind `sequences`: its
     days may come again within a user, `active_days` counts the events kept, and the behaviours of `data` are not read.
@@ -79,7 +81,7 @@ def prepare_timelines(
     if tokenizer.columns:
         data = replace(data, behaviours=(), derived=(), horizons=())
     try:
-        return _build(data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows)
+        return _build(data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows, root)
     except FileNotFoundError:
         # another driver built the same artifact and removed `_work/` under us: its result is ours
         found = artifacts.find(uri)
@@ -98,6 +100,7 @@ def _build(
     progress: Progress,
     log2_buckets: int | None,
     block_rows: int,
+    root: str | None,
 ) -> Artifact:
     events = check_events(tables.events, data)
     profiles: list[RawFile] = []
@@ -114,8 +117,9 @@ def _build(
     maps = [*map_tasks("events", events, block_rows), *map_tasks("profiles", profiles, block_rows)]
     sizes = [file.bytes for file in events + profiles]
     # results of an interrupted attempt are taken up only if it had the same files and cut the work in the same way
-    work = join(uri, "_work", artifacts.digest(maps, sizes, fingerprint, log2_buckets, files, tokenizer.version))
-    job = Job(data, tokenizer, uri, work, log2_buckets, files)
+    forgotten = forgotten_users(root) if root else ()
+    shape = [maps, sizes, fingerprint, log2_buckets, files, tokenizer.version, forgotten]
+    job = Job(data, tokenizer, uri, join(uri, "_work", artifacts.digest(*shape)), log2_buckets, files, forgotten)
     run = _engine(engine, events + profiles)
 
     mapped = _run_all(run, job, maps, "read", progress)
@@ -133,6 +137,9 @@ def _build(
         raise repeated_users_error(tables.profiles or "", twice)
     rejected = _check_rejects(job, mapped + merged, {"events": event_rows, "profiles": profile_rows})
 
+    forgotten_rows = {
+        table: sum(result["forgotten"] for result in mapped if result["table"] == table) for table in rejected
+    }
     made = [result for result in merged if result["table"] == "events"]
     size, active_days = sum(result["bytes"] for result in made), sum(result["active_days"] for result in made)
     stored = [{"name": b.name, "kind": b.kind, "resolution": b.resolution} for b in data.behaviours]
@@ -149,23 +156,33 @@ def _build(
         "end_day": end_day,
         "users": sum(result["rows"] for result in made),
         "active_days": active_days,
-        "events": event_rows - rejected["events"],
+        "events": event_rows - rejected["events"] - forgotten_rows["events"],
         "rows_in": event_rows + profile_rows,
         "rows_rejected": sum(rejected.values()),
+        "rows_forgotten": sum(forgotten_rows.values()),
         "bytes": size,
-        "bytes_per_active_day": round(size / active_days, 3),
+        "bytes_per_active_day": round(size / max(1, active_days), 3),
     }
+    if root and forgotten_users(root) != forgotten:
+        raise UserError(f"{uri}: users were forgotten while this was prepared; start it again, to leave them out")
     artifact = artifacts.commit(uri, manifest)
     _remove(join(uri, "_work"))
     return artifact
 
 
 def prepare_calendar(
-    data: Data, tables: RawTables, uri: str, first_day: int, end_day: int, fingerprint: Any = None
+    data: Data,
+    tables: RawTables,
+    uri: str,
+    first_day: int,
+    end_day: int,
+    fingerprint: Any = None,
+    root: str | None = None,
 ) -> Artifact:
     """Build the calendar artifact at `uri`: the rows as they came, and public holidays of [first_day, end_day + 366).
 
     One file, `0000.parquet`, with the columns of `context.CALENDAR`, sorted; no rows where the run has no calendar.
+    Rows of users who are forgotten under `root` are left out.
     Raises UserError as `canonical_calendar`, and for holidays where the events have day numbers instead of dates.
     """
     found = artifacts.find(uri)
@@ -183,6 +200,8 @@ def prepare_calendar(
         )
     rows, rejects = canonical_calendar(data, tables.calendar if wanted else None, first_day, end_day)
     total = rejects.num_rows + rows.num_rows
+    forgotten = forgotten_users(root) if root else ()
+    rows, rejects = without_theirs(rows, forgotten), without(rejects, forgotten)
     if rejects.num_rows:
         artifacts.write_table(join(uri, "rejects", "0000.parquet"), rejects)
         if rejects.num_rows > data.max_reject_share * total:
@@ -196,6 +215,7 @@ def prepare_calendar(
         "event_types": sorted(pc.unique(rows["event_type"]).to_pylist()),
         "rows_in": total,
         "rows_rejected": rejects.num_rows,
+        "rows_forgotten": total - rejects.num_rows - rows.num_rows,
     }
     return artifacts.commit(uri, manifest)
 

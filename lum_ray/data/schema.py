@@ -283,10 +283,14 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     rejected.add(mask(pc.is_null(time)), f"`{data.events.time}` is null")
     rejected.add(mask(pc.is_null(day)), f"`{data.events.time}` is not a day within 32 bits", time)
     if data.start is not None:
-        rejected.add(mask(pc.less(day, day_number(data.start))), f"`{data.events.time}` is before data.start, {data.start}", time)
+        rejected.add(
+            mask(pc.less(day, day_number(data.start))), f"`{data.events.time}` is before data.start, {data.start}", time
+        )
     if data.end is not None:
         rejected.add(
-            mask(pc.greater_equal(day, day_number(data.end))), f"`{data.events.time}` is not before data.end, {data.end}", time
+            mask(pc.greater_equal(day, day_number(data.end))),
+            f"`{data.events.time}` is not before data.end, {data.end}",
+            time,
         )
 
     used: dict[str, pa.ChunkedArray] = {}
@@ -302,12 +306,8 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
             value = aggregate.evaluate(events)
             units = to_units(value, item.resolution)
             rejected.add(units.infinite, f"{item.name}: {aggregate} is not finite", value)
-            rejected.add(
-                units.finer, f"{item.name}: {aggregate} is finer than the resolution {item.resolution}", value
-            )
-            rejected.add(
-                units.large, f"{item.name}: {aggregate} is more than 2^48 times {item.resolution}", value
-            )
+            rejected.add(units.finer, f"{item.name}: {aggregate} is finer than the resolution {item.resolution}", value)
+            rejected.add(units.large, f"{item.name}: {aggregate} is more than 2^48 times {item.resolution}", value)
     if (items := item_column(data)) is not None:
         require(require_in, {"data.events.item": items})
         check_user(require_in, items)

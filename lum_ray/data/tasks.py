@@ -18,6 +18,7 @@ from lum_ray.artifacts import UserError, join
 from lum_ray.config import Data
 from lum_ray.data import buckets
 from lum_ray.data.context import clean_profiles, repeated_users
+from lum_ray.data.forgotten import without
 from lum_ray.data.schema import REJECTS, RawFile, batches, drop_repeats, read_events
 
 Task = dict[str, Any]
@@ -47,6 +48,7 @@ class Job:
     work: str
     log2_buckets: int
     files: int
+    forgotten: tuple[int, ...] = ()
 
 
 def map_tasks(table: str, files: Sequence[RawFile], block_rows: int) -> list[Task]:
@@ -110,24 +112,30 @@ def run_task(job: Job, task: Task) -> Task:
 
 def _map(job: Job, task: Task) -> tuple[Task, pa.Table]:
     cleaned, rejects = [], []
+    made: Task = {"days": [], "forgotten": 0}
+
+    def each(events: pa.Table) -> pa.Table:
+        if events.num_rows:  # forgotten users too: see `forgotten`
+            made["days"] += pc.min_max(events["day"]).as_py().values()
+        return _aggregated(job, kept(events))
+
+    def kept(table: pa.Table) -> pa.Table:
+        left = without(table, job.forgotten)
+        made["forgotten"] += table.num_rows - left.num_rows
+        return left
+
     for uri, name, groups, first_row in task["pieces"]:
         if task["table"] == "events":
-            table, bad = read_events(
-                uri, job.data, name, groups, first_row, each=lambda events: _aggregated(job, events)
-            )
+            table, bad = read_events(uri, job.data, name, groups, first_row, each=each)
             cleaned.append(table)
-            rejects.append(bad)
+            rejects.append(kept(bad))
         else:
             for batch, row in batches(uri, _profile_columns(job.data), groups, first_row, buckets.FILE_ROWS):
                 table, bad = clean_profiles(batch, job.data, name, row)
-                cleaned.append(table)
-                rejects.append(bad)
+                cleaned.append(kept(table))
+                rejects.append(without(bad, job.forgotten))
     table = pa.concat_tables(cleaned, promote_options="permissive")
     buckets.scatter(join(job.work, f"{task['name']}.arrow"), table, job.log2_buckets, job.files)
-    made: Task = {}
-    if task["table"] == "events" and table.num_rows:
-        bounds = pc.min_max(table["day"])
-        made["days"] = [bounds["min"].as_py(), bounds["max"].as_py()]
     return made, pa.concat_tables(rejects)
 
 

@@ -171,7 +171,7 @@ def _sequences(run: Run, tables: Any, prints: Any, catalogue: Catalogue, log: Lo
             )
         if data.engine == "ray":
             start_ray()
-    return data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, asdict(prints))
+    return data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, asdict(prints), root=run.root)
 
 
 def _training_rows(run: Run, timelines: Timelines) -> Iterator[Rows]:
@@ -283,6 +283,7 @@ def describe_gts(prepared: GtsPrepared) -> dict[str, Any]:
         "events": manifest["active_days"],
         "rows_in": manifest["rows_in"],
         "rows_rejected": manifest["rows_rejected"],
+        "rows_forgotten": manifest.get("rows_forgotten", 0),
         "bytes_per_event": round(manifest["bytes"] / max(1, manifest["active_days"]), 2),
         "items": prepared.items.manifest["items"],
         **{f"tree_{name}": value for name, value in prepared.fitted.manifest["quality"].items()},

@@ -101,12 +101,18 @@ def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
     return tables, Prints(*(one if wanted else None for one, wanted in zip(print_of, read, strict=True)))
 
 
-def _written(run: Run, log: Log) -> tuple[str, str]:
-    """Where the run's adapter has written its raw tables, and the digest of what shaped them."""
+def source_uri(run: Run) -> tuple[str, str]:
+    """Where the run's adapter writes its raw tables, and the digest of what shapes them."""
     source = run.data.source
     assert source is not None
     name = digest("raw", VERSIONS[source.adapter], source, fingerprint(source.path) if source.path else None)
-    uri = join(run.root, "raw", f"{source.adapter}-{name}")
+    return join(run.root, "raw", f"{source.adapter}-{name}"), name
+
+
+def _written(run: Run, log: Log) -> tuple[str, str]:
+    """As `source_uri`, with the tables written if they are not there yet."""
+    source, (uri, name) = run.data.source, source_uri(run)
+    assert source is not None
     if find(uri) is None:
         log(f"writing raw tables of {source.adapter}")
         place = storage(uri)
@@ -145,13 +151,13 @@ def prepare(run: Run, log: Log = silent) -> Prepared:
         log(f"preparing timelines ({sum(file.rows for file in files):,} events, engine {data.engine})")
         if data.engine == "ray":
             start_ray()
-    timelines = data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, asdict(prints))
+    timelines = data_prepare.prepare_timelines(data, tables, uri, made_by, data.engine, asdict(prints), root=run.root)
     first_day, end_day = int(timelines.manifest["first_day"]), int(timelines.manifest["end_day"])
 
     holidays = data.calendar.holidays if data.calendar else None
     name = digest("calendar", holidays, data.time_zone, prints.calendar, first_day, end_day)
     calendar = data_prepare.prepare_calendar(
-        data, tables, join(run.root, "calendar", name), first_day, end_day, prints.calendar
+        data, tables, join(run.root, "calendar", name), first_day, end_day, prints.calendar, run.root
     )
     until = fit_until(run, end_day)
     rhythm = [section.weekday, section.season, section.continuous, section.future_days]
@@ -261,6 +267,7 @@ def describe(run: Run, prepared: Prepared) -> dict[str, Any]:
         "active_days": manifest["active_days"],
         "rows_in": manifest["rows_in"],
         "rows_rejected": manifest["rows_rejected"],
+        "rows_forgotten": manifest.get("rows_forgotten", 0),
         "bytes": manifest["bytes"],
         "bytes_per_token": round(manifest["bytes"] / max(1, manifest["users"] * days), 3),
         "bytes_per_active_day": round(manifest["bytes"] / max(1, manifest["active_days"]), 2),

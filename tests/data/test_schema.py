@@ -73,7 +73,12 @@ def test_clean_rows_pass_unchanged_and_only_used_columns_stay() -> None:
         ({"price": [1.005, 1.0]}, {}, "spend: sum(price) is finer than the resolution 0.01", "1.005"),
         ({"price": [1e17, 1.0]}, {}, "spend: sum(price) is more than 2^48 times 0.01", "1e+17"),
         ({}, {"start": 4}, "`time` is before data.start, 4", "3"),
-        ({"time": pa.array([9, 4], pa.int32())}, {"end": "1970-01-06"}, "`time` is not before data.end, 1970-01-06", "9"),
+        (
+            {"time": pa.array([9, 4], pa.int32())},
+            {"end": "1970-01-06"},
+            "`time` is not before data.end, 1970-01-06",
+            "9",
+        ),
         ({"id": [None, "x"]}, {"events": Events(id="id")}, "`id` is null", None),
     ],
 )
