@@ -1,4 +1,4 @@
-"""`ray job submit -- python -m jobs.forget RUN [--root URI] [--set a.b=v]`: the step of the same name."""
+"""`ray job submit -- python -m jobs.forget RUN USER... [--root URI] [--set a.b=v]`: the step of the same name."""
 
 import sys
 
