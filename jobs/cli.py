@@ -256,9 +256,7 @@ def forget(
     if found.left:
         lines = [f"  {uri}: {', '.join(trace.mentions) or f'{trace.rows} rows'}" for uri, trace in found.left.items()]
         raise UserError("\n".join([f"forget: {len(lines)} of {found.scanned} files still hold them:", *lines[:5]]))
-    say(
-        f"proof: {found.scanned:,} files read again, none holds them; a server that runs knows them until its next start"
-    )
+    say(f"proof: {found.scanned:,} files read again, none holds them; running servers know them until they start anew")
     done(join(loaded.root, FOLDER))
 
 

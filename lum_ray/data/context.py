@@ -27,10 +27,11 @@ from lum_ray.data.schema import (
     check_zone,
     mask,
     raw_files,
+    readable,
     require,
     wrong_type,
 )
-from lum_ray.data.times import to_day
+from lum_ray.data.times import RANGE, to_day
 
 CANONICAL = ("bucket", "user", "user_hash", "registered", "ends", "segment")
 """Columns of the profiles in the timelines that are not raw columns."""
@@ -125,7 +126,11 @@ def clean_profiles(
     numbers, categories = profile_columns(profiles)
     rejected = Rejected(file, first_row, table.num_rows)
     noted = Rejected(file, first_row, table.num_rows)
-    columns = {"user": pc.cast(plain(table[profiles.user]), pa.string())}
+
+    def text(name: str) -> pa.ChunkedArray:
+        return readable(pc.cast(plain(table[name]), pa.string()), rejected, name)
+
+    columns = {"user": text(profiles.user)}
     rejected.add(mask(pc.is_null(columns["user"])), f"`{profiles.user}` is null")
     for key, name in (("registered", profiles.registered), ("ends", profiles.ends)):
         columns[key] = pa.chunked_array([pa.nulls(table.num_rows, pa.int32())])
@@ -134,14 +139,14 @@ def clean_profiles(
             rejected.add(mask(pc.and_(pc.is_null(day), pc.is_valid(table[name]))), f"`{name}` is no day", table[name])
             columns[key] = pa.chunked_array([day])
     segment = pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
-    columns["segment"] = segment if profiles.segment is None else pc.cast(plain(table[profiles.segment]), pa.string())
+    columns["segment"] = segment if profiles.segment is None else text(profiles.segment)
     for name in numbers:
         number = pc.cast(plain(table[name]), pa.float64(), safe=False)
         infinite = mask(pc.is_inf(number))
         noted.add(infinite & ~rejected.bad, f"`{name}` is infinite, taken as missing", number)
         columns[name] = pc.if_else(pc.is_finite(number), number, pa.scalar(None, pa.float64()))
     for name in categories:
-        columns[name] = pc.cast(plain(table[name]), pa.string())
+        columns[name] = text(name)
     cleaned = pa.table(columns).filter(pa.array(~rejected.bad))
     return cleaned, pa.concat_tables([given.table(columns["user"]) for given in (rejected, noted)]).sort_by("row")
 
@@ -202,7 +207,10 @@ def clean_calendar(
     rejected = Rejected(file, first_row, table.num_rows)
     none = pa.chunked_array([pa.nulls(table.num_rows)])
     raw = {name: table[name] if name in table.column_names else none for name in CALENDAR.names}
-    columns = {name: pc.cast(plain(raw[name]), pa.string()) for name in ("scope", "key", "event_type")}
+    columns = {
+        name: readable(pc.cast(plain(raw[name]), pa.string()), rejected, name)
+        for name in ("scope", "key", "event_type")
+    }
     columns["value"] = pc.cast(plain(raw["value"]), pa.float64(), safe=False)
     for name in ("start_day", "end_day", "known_at"):
         empty = pa.types.is_null(raw[name].type)
@@ -221,7 +229,7 @@ def clean_calendar(
         rejected.add(mask(pc.is_null(columns[name])), f"{name}: is no day", raw[name])
     rejected.add(
         mask(pc.and_(pc.is_null(columns["known_at"]), pc.is_valid(raw["known_at"]))),
-        "known_at: is no day",
+        f"known_at: is out of {RANGE}",
         raw["known_at"],
     )
     rejected.add(

@@ -27,6 +27,7 @@ from lum_ray.data.schema import (
     first_rejects,
     mask,
     raw_files,
+    readable,
     require,
     wrong_type,
 )
@@ -75,7 +76,10 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
         rows += file.rows
         for batch, first_row in batches(file.uri, list(dict.fromkeys(columns)), None, 0, BATCH_ROWS):
             rejected = Rejected(file.name, first_row, batch.num_rows)
-            ends = [pc.cast(plain(batch[name]), pa.string()) for name in (graph.source, graph.target)]
+            ends = [
+                readable(pc.cast(plain(batch[name]), pa.string()), rejected, name)
+                for name in (graph.source, graph.target)
+            ]
             for name, column in zip((graph.source, graph.target), ends, strict=True):
                 rejected.add(mask(pc.is_null(column)), f"`{name}` is null")
             weight = np.ones(batch.num_rows)

@@ -33,6 +33,7 @@ from lum_ray.data.schema import (
     item_column,
     mask,
     raw_files,
+    readable,
     require,
     wrong_type,
 )
@@ -139,8 +140,11 @@ def read_items(uri: str, data: Data) -> tuple[Catalogue, pa.Table]:
 def clean_items(table: pa.Table, items: Items, file: str = "items", first_row: int = 0) -> tuple[pa.Table, pa.Table]:
     """Items as they are in a file -> the columns of `Catalogue.to_table` without `hash`, and the rejects."""
     rejected, noted = (Rejected(file, first_row, table.num_rows) for _ in range(2))
-    ids = _words(table[items.item])
-    parts = [pc.fill_null(pc.utf8_trim_whitespace(_words(table[name])), "") for name in items.text]
+    words = {
+        name: readable(_words(table[name]), rejected, name) for name in (items.item, *items.text, *items.categories)
+    }
+    ids = words[items.item]
+    parts = [pc.fill_null(pc.utf8_trim_whitespace(words[name]), "") for name in items.text]
     # not `binary_join_element_wise` with its null_handling="skip": it loses rows in which all are null (pyarrow 26)
     led = [pc.if_else(pc.equal(part, ""), "", pc.binary_join_element_wise(SEPARATOR, part, "")) for part in parts]
     text = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*led, ""), len(SEPARATOR))
@@ -152,7 +156,7 @@ def clean_items(table: pa.Table, items: Items, file: str = "items", first_row: i
         noted.add(mask(pc.is_inf(number)) & ~rejected.bad, f"`{name}` is infinite, taken as missing", number)
         columns[f"number.{name}"] = pc.if_else(pc.is_finite(number), number, pa.scalar(None, pa.float64()))
     for name in items.categories:
-        columns[f"category.{name}"] = _words(table[name])
+        columns[f"category.{name}"] = words[name]
     bad = pa.concat_tables([rejected.table(), noted.table()]).sort_by("row")
     return pa.table(columns).filter(pa.array(~rejected.bad)), bad
 

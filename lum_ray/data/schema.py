@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from lum_ray.artifacts import UserError, list_files, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data.expressions import parse, plain, to_units
-from lum_ray.data.times import to_day, to_instant
+from lum_ray.data.times import RANGE, to_day, to_instant
 
 Bool = npt.NDArray[np.bool_]
 REJECTS = pa.schema(
@@ -150,8 +150,12 @@ def check_events(uri: str, data: Data) -> list[RawFile]:
             require(file, {"data.events.item": name})
             check_user(file, name)
         for item in data.behaviours:
+            aggregate = parse(item.aggregate)
+            require(
+                file, {f"data.behaviours.{item.name}": name for name in aggregate.columns if name in file.schema.names}
+            )
             try:
-                parse(item.aggregate).check(file.schema)
+                aggregate.check(file.schema)
             except UserError as error:
                 raise UserError(f"data.behaviours.{item.name}: {error}; in {file.uri}") from None
     return files
@@ -176,6 +180,10 @@ def require(file: RawFile, columns: dict[str, str]) -> None:
     """Raise UserError unless the file has the `columns` (run file path -> column)."""
     there = file.schema.names
     for path, name in columns.items():
+        if there.count(name) > 1:
+            raise UserError(
+                f"{file.uri}: column `{name}` ({path}) is there {there.count(name)} times; rename the others"
+            )
         if name not in there:
             close = difflib.get_close_matches(name, there, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"it has: {', '.join(there[:20])}"
@@ -256,6 +264,20 @@ def with_value(reject: Mapping[str, Any]) -> str:
     return str(reject["reason"]) + (f", got {reject['value']}" if reject["value"] is not None else "")
 
 
+def readable(column: pa.ChunkedArray, rejected: Rejected, name: str) -> pa.ChunkedArray:
+    """A column with null for texts that are no UTF-8, whose rows are rejected: parquet promises it, nobody checks."""
+    if not pa.types.is_string(column.type):
+        return column
+    try:
+        column.validate(full=True)
+        return column
+    except pa.ArrowInvalid:
+        texts = pc.cast(column, pa.binary()).to_pylist()
+    wrong = np.array([text is not None and text != text.decode(errors="ignore").encode() for text in texts], np.bool_)
+    rejected.add(wrong, f"`{name}` is not UTF-8")
+    return pc.if_else(pa.array(wrong), pa.scalar(None, pa.string()), column)
+
+
 def mask(values: Any) -> Bool:
     """An Arrow condition as numpy, null as False."""
     array = pc.fill_null(values, False)
@@ -277,11 +299,12 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     check_user(require_in, data.events.user)
     check_time(require_in, data.events.time, data.time_zone)
     rejected = Rejected(file, first_row, table.num_rows)
-    user, time = pc.cast(_plain(table, data.events.user, file), pa.string()), table[data.events.time]
+    user = readable(pc.cast(_plain(table, data.events.user, file), pa.string()), rejected, data.events.user)
+    time = table[data.events.time]
     day = to_day(time, data.time_zone)
     rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
     rejected.add(mask(pc.is_null(time)), f"`{data.events.time}` is null")
-    rejected.add(mask(pc.is_null(day)), f"`{data.events.time}` is not a day within 32 bits", time)
+    rejected.add(mask(pc.is_null(day)), f"`{data.events.time}` is out of {RANGE}", time)
     if data.start is not None:
         rejected.add(
             mask(pc.less(day, day_number(data.start))), f"`{data.events.time}` is before data.start, {data.start}", time
@@ -297,7 +320,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     aggregates = [(item, parse(item.aggregate)) for item in data.behaviours]
     for name in sorted({column for _, aggregate in aggregates for column in aggregate.columns}):
         require(require_in, {"data.behaviours": name})
-        used[name] = _plain(table, name, file)
+        used[name] = readable(_plain(table, name, file), rejected, name)
         if pa.types.is_floating(used[name].type):
             rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is not a finite number", used[name])
     events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
@@ -311,15 +334,14 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     if (items := item_column(data)) is not None:
         require(require_in, {"data.events.item": items})
         check_user(require_in, items)
-        own = pc.cast(_plain(table, items, file), pa.string())
+        own = readable(pc.cast(_plain(table, items, file), pa.string()), rejected, items)
         time_us, offset_min = to_instant(time, data.time_zone)
         rejected.add(mask(pc.is_null(own)), f"`{items}` is null")
-        rejected.add(mask(pc.is_null(time_us)), f"`{data.events.time}` is too far for microseconds", time)
         for name, column in (("item", own), ("time_us", time_us), ("offset_min", offset_min)):
             events = events.append_column(name, column)
     if data.events.id is not None:
         require(require_in, {"data.events.id": data.events.id})
-        identity = pc.cast(_plain(table, data.events.id, file), pa.string())
+        identity = readable(pc.cast(_plain(table, data.events.id, file), pa.string()), rejected, data.events.id)
         rejected.add(mask(pc.is_null(identity)), f"`{data.events.id}` is null")
         rows = pa.array(np.arange(first_row, first_row + table.num_rows))
         for name, column in zip(PROVENANCE, (identity, pa.repeat(pa.scalar(file), table.num_rows), rows), strict=True):
