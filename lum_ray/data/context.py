@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Profiles
-from lum_ray.data.expressions import plain
 from lum_ray.data.schema import (
     REJECTS,
     RawFile,
@@ -26,6 +25,7 @@ from lum_ray.data.schema import (
     check_user,
     check_zone,
     mask,
+    plain_column,
     raw_files,
     readable,
     require,
@@ -128,7 +128,7 @@ def clean_profiles(
     noted = Rejected(file, first_row, table.num_rows)
 
     def text(name: str) -> pa.ChunkedArray:
-        return readable(pc.cast(plain(table[name]), pa.string()), rejected, name)
+        return readable(pc.cast(plain_column(table, name, file), pa.string()), rejected, name)
 
     columns = {"user": text(profiles.user)}
     rejected.add(mask(pc.is_null(columns["user"])), f"`{profiles.user}` is null")
@@ -141,7 +141,7 @@ def clean_profiles(
     segment = pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
     columns["segment"] = segment if profiles.segment is None else text(profiles.segment)
     for name in numbers:
-        number = pc.cast(plain(table[name]), pa.float64(), safe=False)
+        number = pc.cast(plain_column(table, name, file), pa.float64(), safe=False)
         infinite = mask(pc.is_inf(number))
         noted.add(infinite & ~rejected.bad, f"`{name}` is infinite, taken as missing", number)
         columns[name] = pc.if_else(pc.is_finite(number), number, pa.scalar(None, pa.float64()))
@@ -184,7 +184,8 @@ def check_calendar(uri: str, data: Data) -> list[RawFile]:
     check_zone(data.time_zone)
     files = raw_files(uri, "calendar")
     for file in files:
-        require(file, {f"calendar.{name}": name for name in CALENDAR.names if name not in ("value", "known_at")})
+        optional = {"value", "known_at"} - set(file.schema.names)
+        require(file, {f"calendar.{name}": name for name in CALENDAR.names if name not in optional})
         for name in ("scope", "key", "event_type"):
             if _group(file, name) not in ("string", "null"):
                 raise wrong_type(file, name, "strings", "cast it")
@@ -206,12 +207,12 @@ def clean_calendar(
     """
     rejected = Rejected(file, first_row, table.num_rows)
     none = pa.chunked_array([pa.nulls(table.num_rows)])
-    raw = {name: table[name] if name in table.column_names else none for name in CALENDAR.names}
+    raw = pa.table({name: table[name] if name in table.column_names else none for name in CALENDAR.names})
     columns = {
-        name: readable(pc.cast(plain(raw[name]), pa.string()), rejected, name)
+        name: readable(pc.cast(plain_column(raw, name, file), pa.string()), rejected, name)
         for name in ("scope", "key", "event_type")
     }
-    columns["value"] = pc.cast(plain(raw["value"]), pa.float64(), safe=False)
+    columns["value"] = pc.cast(plain_column(raw, "value", file), pa.float64(), safe=False)
     for name in ("start_day", "end_day", "known_at"):
         empty = pa.types.is_null(raw[name].type)
         columns[name] = (

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Graph
-from lum_ray.data.expressions import plain
 from lum_ray.data.items import BATCH_ROWS, Catalogue
 from lum_ray.data.rows import Int64, hash_strings
 from lum_ray.data.schema import (
@@ -26,6 +25,7 @@ from lum_ray.data.schema import (
     check_user,
     first_rejects,
     mask,
+    plain_column,
     raw_files,
     readable,
     require,
@@ -77,14 +77,14 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
         for batch, first_row in batches(file.uri, list(dict.fromkeys(columns)), None, 0, BATCH_ROWS):
             rejected = Rejected(file.name, first_row, batch.num_rows)
             ends = [
-                readable(pc.cast(plain(batch[name]), pa.string()), rejected, name)
+                readable(pc.cast(plain_column(batch, name, file.name), pa.string()), rejected, name)
                 for name in (graph.source, graph.target)
             ]
             for name, column in zip((graph.source, graph.target), ends, strict=True):
                 rejected.add(mask(pc.is_null(column)), f"`{name}` is null")
             weight = np.ones(batch.num_rows)
             if graph.weight:
-                given = pc.cast(plain(batch[graph.weight]), pa.float64(), safe=False)
+                given = pc.cast(plain_column(batch, graph.weight, file.name), pa.float64(), safe=False)
                 weight = np.asarray(pc.fill_null(given, float("nan")).to_numpy(), np.float64)
                 rejected.add(~(np.isfinite(weight) & (weight > 0)), f"`{graph.weight}` is not a number above 0", given)
             kept = ~rejected.bad

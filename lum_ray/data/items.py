@@ -32,6 +32,7 @@ from lum_ray.data.schema import (
     first_rejects,
     item_column,
     mask,
+    plain_column,
     raw_files,
     readable,
     require,
@@ -140,9 +141,9 @@ def read_items(uri: str, data: Data) -> tuple[Catalogue, pa.Table]:
 def clean_items(table: pa.Table, items: Items, file: str = "items", first_row: int = 0) -> tuple[pa.Table, pa.Table]:
     """Items as they are in a file -> the columns of `Catalogue.to_table` without `hash`, and the rejects."""
     rejected, noted = (Rejected(file, first_row, table.num_rows) for _ in range(2))
-    words = {
-        name: readable(_words(table[name]), rejected, name) for name in (items.item, *items.text, *items.categories)
-    }
+    names = (items.item, *items.text, *items.categories)
+    texts = {name: pc.cast(plain_column(table, name, file), pa.string()) for name in names}
+    words = {name: readable(text, rejected, name) for name, text in texts.items()}
     ids = words[items.item]
     parts = [pc.fill_null(pc.utf8_trim_whitespace(words[name]), "") for name in items.text]
     # not `binary_join_element_wise` with its null_handling="skip": it loses rows in which all are null (pyarrow 26)
@@ -152,7 +153,7 @@ def clean_items(table: pa.Table, items: Items, file: str = "items", first_row: i
     rejected.add(mask(pc.equal(text, "")), f"has no text: {', '.join(items.text)}", ids)
     columns = {"item": ids, "text": text}
     for name in items.numbers:
-        number = pc.cast(plain(table[name]), pa.float64(), safe=False)
+        number = pc.cast(plain_column(table, name, file), pa.float64(), safe=False)
         noted.add(mask(pc.is_inf(number)) & ~rejected.bad, f"`{name}` is infinite, taken as missing", number)
         columns[f"number.{name}"] = pc.if_else(pc.is_finite(number), number, pa.scalar(None, pa.float64()))
     for name in items.categories:

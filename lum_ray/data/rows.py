@@ -15,6 +15,8 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 Strings = npt.NDArray[np.object_]
+SHORT_BYTES = 256
+"""Texts up to this length are hashed together."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,22 @@ def share(hashes: UInt64) -> npt.NDArray[np.float64]:
 
 def hash_strings(texts: Sequence[str] | Strings) -> UInt64:
     """A stable 64-bit hash of each text (its UTF-8 bytes, eight at a time), vectorised over texts."""
-    encoded = np.array([text.encode() for text in texts], dtype=np.bytes_) if len(texts) else np.empty(0, "S8")
+    encoded = [text.encode() for text in texts]
+    lengths = np.array([len(text) for text in encoded], np.int64)
+    if lengths.max(initial=0) <= SHORT_BYTES:
+        return _hash_bytes(encoded, lengths)
+    # by powers of two, or one long text would make the others take as much memory
+    hashes, exponent = np.empty(len(encoded), np.uint64), np.frexp(np.maximum(lengths, SHORT_BYTES))[1]
+    for one in np.unique(exponent):
+        chosen = np.flatnonzero(exponent == one)
+        hashes[chosen] = _hash_bytes([encoded[place] for place in chosen.tolist()], lengths[chosen])
+    return hashes
+
+
+def _hash_bytes(texts: list[bytes], lengths: Int64) -> UInt64:
+    encoded = np.array(texts, dtype=np.bytes_) if texts else np.empty(0, "S8")
     width = max(8, -(-encoded.dtype.itemsize // 8) * 8)
     words = encoded.astype(f"S{width}").view("<u8").reshape(len(encoded), width // 8)
-    lengths = np.array([len(text.encode()) for text in texts], np.int64)
     state = mix(lengths)
     # a text's hash must not depend on its neighbours' lengths: words past its own end are left out
     for column in range(words.shape[1]):

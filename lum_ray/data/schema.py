@@ -299,7 +299,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     check_user(require_in, data.events.user)
     check_time(require_in, data.events.time, data.time_zone)
     rejected = Rejected(file, first_row, table.num_rows)
-    user = readable(pc.cast(_plain(table, data.events.user, file), pa.string()), rejected, data.events.user)
+    user = readable(pc.cast(plain_column(table, data.events.user, file), pa.string()), rejected, data.events.user)
     time = table[data.events.time]
     day = to_day(time, data.time_zone)
     rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
@@ -320,7 +320,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     aggregates = [(item, parse(item.aggregate)) for item in data.behaviours]
     for name in sorted({column for _, aggregate in aggregates for column in aggregate.columns}):
         require(require_in, {"data.behaviours": name})
-        used[name] = readable(_plain(table, name, file), rejected, name)
+        used[name] = readable(plain_column(table, name, file), rejected, name)
         if pa.types.is_floating(used[name].type):
             rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is not a finite number", used[name])
     events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
@@ -334,14 +334,14 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     if (items := item_column(data)) is not None:
         require(require_in, {"data.events.item": items})
         check_user(require_in, items)
-        own = readable(pc.cast(_plain(table, items, file), pa.string()), rejected, items)
+        own = readable(pc.cast(plain_column(table, items, file), pa.string()), rejected, items)
         time_us, offset_min = to_instant(time, data.time_zone)
         rejected.add(mask(pc.is_null(own)), f"`{items}` is null")
         for name, column in (("item", own), ("time_us", time_us), ("offset_min", offset_min)):
             events = events.append_column(name, column)
     if data.events.id is not None:
         require(require_in, {"data.events.id": data.events.id})
-        identity = readable(pc.cast(_plain(table, data.events.id, file), pa.string()), rejected, data.events.id)
+        identity = readable(pc.cast(plain_column(table, data.events.id, file), pa.string()), rejected, data.events.id)
         rejected.add(mask(pc.is_null(identity)), f"`{data.events.id}` is null")
         rows = pa.array(np.arange(first_row, first_row + table.num_rows))
         for name, column in zip(PROVENANCE, (identity, pa.repeat(pa.scalar(file), table.num_rows), rows), strict=True):
@@ -410,7 +410,8 @@ def drop_repeats(events: pa.Table) -> tuple[pa.Table, pa.Table]:
     return events.filter(pa.array(~again)).drop_columns(list(PROVENANCE)), rejects
 
 
-def _plain(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
+def plain_column(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
+    """The column as `expressions.plain` gives it. Raises UserError for whole numbers that do not fit in 64 bits."""
     try:
         return plain(table[name])
     except pa.ArrowInvalid:  # its message holds the value

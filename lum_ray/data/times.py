@@ -66,7 +66,9 @@ def to_instant(column: pa.ChunkedArray, time_zone: str) -> tuple[pa.Array, pa.Ar
     stays null, and what lies outside of RANGE becomes null.
     """
     if pa.types.is_timestamp(column.type):
-        zoned = pc.cast(pc.cast(_inside(column), pa.timestamp("us", "UTC"), safe=False), pa.timestamp("us", time_zone))
+        # down, before 1970 too: a cast drops nanoseconds towards 0, into the next day at its end
+        floored = pc.floor_temporal(_inside(column), unit="microsecond")
+        zoned = pc.cast(pc.cast(floored, pa.timestamp("us", "UTC")), pa.timestamp("us", time_zone))
         time_us = pc.cast(zoned, pa.int64()).combine_chunks()
         local_us = pc.cast(pc.local_timestamp(zoned), pa.int64()).combine_chunks()
         ahead = pc.floor(pc.divide(pc.cast(pc.subtract(local_us, time_us), pa.float64()), 60e6))

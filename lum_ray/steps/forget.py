@@ -26,12 +26,13 @@ from lum_ray.config import Run
 from lum_ray.data.forgotten import FOLDER, tombstone
 from lum_ray.data.schema import batches, raw_files
 from lum_ray.steps.forget_files import in_place, named_files, prediction_rows, rewritten
+from lum_ray.steps.forget_parts import NewFile, files_of, new_manifest, rewrite_file
 from lum_ray.steps.prepare import Log, raw_tables, silent, source_uri
 from lum_ray.steps.traces import Sought, Trace, files_below, look, theirs
 
 LOCAL_CACHES = "lum_ray_state*"
 """Folders among this machine's temporary files in which published histories are kept."""
-COMMITTED = ("timelines", "sequences", "calendar", "state")
+PARTS, NAMED = ("timelines", "sequences"), ("calendar", "state")
 """Folders of the artifacts whose manifests name files that hold users."""
 
 
@@ -169,32 +170,63 @@ class _Work:
             self._remove_folder(uri[: uri.index("/_work/")] + "/_work")
         elif inside[0] == "reports":  # `evaluate` makes it again
             self._remove_folder(join(self.root, *inside[:2]))
-        elif inside[0] in COMMITTED and len(inside) > 2:
-            self._clean_artifact(join(self.root, *inside[:2]), held, counts)
+        elif inside[0] in PARTS and len(inside) > 2:
+            self._clean_parts(inside[0], held, counts)
+        elif inside[0] in NAMED and len(inside) > 2:
+            self._clean_named(join(self.root, *inside[:2]), held)
         elif held[uri].held:
             self._replace(uri)
 
-    def _clean_artifact(self, uri: str, held: Mapping[str, Trace], counts: _RawRows | None) -> None:
+    def _clean_parts(self, kind: str, held: Mapping[str, Trace], counts: _RawRows | None) -> None:
+        """All timelines, or all sequences: they may refer to each other's files."""
+        folders = {join(self.root, kind, self._inside(uri)[1]) for uri in files_below(join(self.root, kind))}
+        artifacts = {uri: found.manifest for uri in sorted(folders) if (found := find(uri)) is not None}
+        for uri in sorted(folders - set(artifacts)):
+            if any(place.startswith(f"{uri}/") for place in held):
+                self._remove_folder(uri)
+        made: dict[str, NewFile] = {}
+        own, named = set[str](), set[str]()
+        for uri, manifest in artifacts.items():
+            for folder, entries, _ in files_of(uri, manifest):
+                own.add(folder)
+                for entry in entries:
+                    old = join(folder, entry["name"])
+                    if old in held and old not in made and (new := rewrite_file(folder, entry, self.sought)):
+                        made[old] = new
+        for uri, manifest in artifacts.items():
+            known = counts is not None and _same_inputs(manifest, counts.prints)
+            after = new_manifest(uri, manifest, made, self.sought, counts.rows if counts and known else None)
+            if after is not None:
+                write_json(join(uri, MANIFEST), after)
+            for folder, entries, _ in files_of(uri, after or manifest):
+                named |= {join(folder, entry["name"]) for entry in entries}
+        for uri in artifacts:
+            for place in files_below(uri):
+                if place.rsplit("/", 1)[0] in own:
+                    self._retire(place, named, set(made))
+                elif place in held and held[place].held and place not in self.removed:
+                    self._replace(place)
+
+    def _clean_named(self, uri: str, held: Mapping[str, Trace]) -> None:
         artifact = find(uri)
         if artifact is None:
             self._remove_folder(uri)
             return
-        known = counts is not None and _same_inputs(artifact.manifest, counts.prints)
-        manifest = rewritten(uri, artifact.manifest, self.sought, counts.rows if counts and known else None)
-        if manifest is not None:
-            write_json(join(uri, MANIFEST), manifest)
-        named = {join(uri, name) for name in named_files(manifest or artifact.manifest)}
+        after = rewritten(uri, artifact.manifest, self.sought)
+        if after is not None:
+            write_json(join(uri, MANIFEST), after)
         before = {join(uri, name) for name in named_files(artifact.manifest)}
-        folders = {place.rsplit("/", 1)[0] for place in named | before}
         for place in files_below(uri):
-            if place in named or place.endswith(f"/{MANIFEST}"):
-                continue
-            if place.rsplit("/", 1)[0] in folders:
-                # replaced just now, or by a call that was killed before it came to this
-                (self.rewritten if place in before else self.removed).add(place)
-                self._delete(place)
+            if place.rsplit("/", 1)[0] == uri:
+                self._retire(place, {join(uri, name) for name in named_files(after or artifact.manifest)}, before)
             elif place in held and held[place].held:
                 self._replace(place)
+
+    def _retire(self, uri: str, named: set[str], before: set[str]) -> None:
+        """Delete a file that no manifest names: replaced just now, or by a call that was killed before it came here."""
+        if uri not in named and not uri.endswith(f"/{MANIFEST}"):
+            self._delete(uri)
+            (self.rewritten if uri in before else self.removed).add(uri)
 
     def count_predictions(self) -> None:
         """Bring the manifests of predictions in line with their files (a call that was killed did not come to it)."""

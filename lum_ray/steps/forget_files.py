@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,6 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from lum_ray.artifacts import UserError, digest, join, storage, write_bytes, write_table
-from lum_ray.data.buckets import write_buckets
 from lum_ray.steps.traces import Sought, starts_as_parquet, tables_of, theirs
 
 Manifest = dict[str, Any]
@@ -30,15 +29,12 @@ def in_place(uri: str, sought: Sought) -> int:
     return gone
 
 
-def rewritten(uri: str, manifest: Mapping[str, Any], sought: Sought, raw_rows: Sequence[int] | None) -> Manifest | None:
-    """The manifest of the artifact at `uri` over new files without the users; None where what it names is without them.
+def rewritten(uri: str, manifest: Mapping[str, Any], sought: Sought) -> Manifest | None:
+    """The manifest of a calendar or a state at `uri` over a new file without the users; None where it is without them.
 
-    `raw_rows`: rows of the users in the raw tables behind it (events, profiles), None where nobody knows any more: then
-    the manifest's `rows_forgotten` is null. Raises UserError for an artifact of a kind that `forget` does not know.
+    Raises UserError for an artifact of another kind.
     """
     match manifest["kind"]:
-        case "timelines" | "sequences":
-            return _timelines(uri, dict(manifest), sought, raw_rows)
         case "calendar":
             return _calendar(uri, dict(manifest), sought)
         case "state":
@@ -47,61 +43,14 @@ def rewritten(uri: str, manifest: Mapping[str, Any], sought: Sought, raw_rows: S
 
 
 def named_files(manifest: Mapping[str, Any]) -> set[str]:
-    """The paths below the artifact of the files that its manifest names."""
-    match manifest["kind"]:
-        case "timelines" | "sequences":
-            folders = [(part["path"], part["files"]) for part in manifest["parts"]]
-            folders.append(("profiles", manifest["profiles"] or []))
-            return {f"{folder}/{entry['name']}" for folder, files in folders for entry in files}
-        case "calendar":
-            return {entry["name"] for entry in manifest["files"]}
-    return {manifest["file"]}
+    """The paths below a calendar or a state of the files that its manifest names."""
+    return {entry["name"] for entry in manifest["files"]} if "files" in manifest else {manifest["file"]}
 
 
-def _new_name(name: str, sought: Sought) -> str:
+def new_name(name: str, sought: Sought) -> str:
+    """The name of the file that takes a file's place: the same on a second try, and never longer by one more."""
     stem, dot, suffix = name.partition(".")
     return f"{re.sub('-[0-9a-f]{8}$', '', stem)}-{digest(name, sought.hashes)[:8]}{dot}{suffix}"
-
-
-def _timelines(uri: str, manifest: Manifest, sought: Sought, raw_rows: Sequence[int] | None) -> Manifest | None:
-    rejects = _rejects(uri)
-    mine = theirs(rejects, sought)
-    # on a second try after a kill the manifest may be new already, with the rejects still to be replaced
-    changed = bool(mine.any()) and manifest["rows_rejected"] == rejects.num_rows
-    users = set[str]()
-    folders = [(part["path"], part["files"]) for part in manifest["parts"]]
-    for folder, files in [*folders, ("profiles", manifest["profiles"] or [])]:
-        for entry in list(files):
-            old = join(uri, folder, entry["name"])
-            table = pa.concat_tables(tables_of(old)).combine_chunks()
-            gone = theirs(table, sought)
-            if not gone.any():
-                continue
-            changed = True
-            left = table.filter(pa.array(~gone))
-            place = files.index(entry)
-            files[place : place + 1] = []
-            size = 0
-            if left.num_rows:
-                name = _new_name(entry["name"], sought)
-                groups, size = write_buckets(join(uri, folder, name), left)
-                files.insert(place, entry | {"name": name, "row_groups": groups})
-            if folder != "profiles":
-                out = table.filter(pa.array(gone))
-                users |= set(out["user"].to_pylist())
-                manifest["active_days"] -= int(pc.sum(pc.list_value_length(out["days"])).as_py())
-                manifest["bytes"] += size - _size(old)
-    if not changed:
-        return None
-    manifest["users"] -= len(users)
-    manifest["bytes_per_active_day"] = round(manifest["bytes"] / max(1, manifest["active_days"]), 3)
-    if raw_rows is not None:
-        rejected = int(pc.sum(pc.starts_with(rejects.filter(pa.array(mine))["file"], "events/")).as_py() or 0)
-        manifest["events"] -= raw_rows[0] - rejected
-    before = manifest.get("rows_forgotten", 0)
-    manifest["rows_forgotten"] = None if raw_rows is None or before is None else before + sum(raw_rows)
-    manifest["rows_rejected"] -= int(mine.sum())
-    return manifest
 
 
 def _rejects(uri: str) -> pa.Table:
@@ -125,7 +74,7 @@ def _calendar(uri: str, manifest: Manifest, sought: Sought) -> Manifest | None:
         kinds |= set(left["event_type"].to_pylist())
         rows += int(gone.sum())
         if gone.any():
-            entry = {"name": _new_name(entry["name"], sought), "rows": left.num_rows}
+            entry = {"name": new_name(entry["name"], sought), "rows": left.num_rows}
             write_table(join(uri, entry["name"]), left)
         files.append(entry)
     if rows + rejected == 0:
@@ -139,7 +88,7 @@ def _state(uri: str, manifest: Manifest, sought: Sought) -> Manifest | None:
     gone, content = _without(join(uri, manifest["file"]), sought)
     if gone == 0:
         return None
-    name = _new_name(manifest["file"], sought)
+    name = new_name(manifest["file"], sought)
     write_bytes(join(uri, name), content)
     return manifest | {"file": name, "users": manifest["users"] - gone}
 
@@ -174,11 +123,6 @@ def _encoded(table: pa.Table) -> pa.Table:
             column = pc.cast(table[field.name], field.type.value_type)
             table = table.set_column(place, field, pc.cast(column.dictionary_encode(), field.type))
     return table
-
-
-def _size(uri: str) -> int:
-    place = storage(uri)
-    return int(place.filesystem.get_file_info(place.path).size or 0)
 
 
 def prediction_rows(uris: Iterable[str]) -> int:

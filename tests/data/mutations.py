@@ -9,6 +9,7 @@ on stdout for each seed: {"seed", "how", "end"} or with "wrong". A crash or a ha
 from __future__ import annotations
 
 import datetime
+import decimal
 import json
 import math
 import shutil
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import traceback
 import zoneinfo
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lum_ray.artifacts import UserError
-from lum_ray.config import Behaviour, Data
-from lum_ray.data.prepare import Tokenizer, prepare_timelines
+from lum_ray.config import Behaviour, Calendar, Data, Events, Profiles
+from lum_ray.data.prepare import Tokenizer, prepare_calendar, prepare_timelines
 from lum_ray.data.reader import Timelines
+from lum_ray.data.rows import hash_strings
 from lum_ray.data.schema import RawTables
+from lum_ray.gts import sequences
 from lum_ray.lumos.timelines import TOKENIZER_VERSION, merge, partial
 
 SECRET = "zqx"
 """Is in every text that is data, and must be in no message."""
+USER = "u-"
+"""IDs may be in messages."""
 BEHAVIOURS = (
     Behaviour("active", "binary", "count()"),
     Behaviour("visits", "count", "count()"),
@@ -42,6 +48,7 @@ BEHAVIOURS = (
     Behaviour("dear", "binary", "any(price > 2)"),
     Behaviour("kinds", "count", "n_unique(kind)"),
 )
+NAMES = ("user", "time", "price", "count", "kind")
 UNITS = {"date": 1, "s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
 Random = np.random.Generator
 Change = Callable[[pa.Table, Random], pa.Table]
@@ -59,7 +66,7 @@ def events(random: Random, rows: int, time: str) -> pa.Table:
         when = pa.array((day * 86_400 + inside) * (UNITS[time] // 86_400)).cast(pa.timestamp(time, "UTC"))
     return pa.table(
         {
-            "user": [f"{SECRET}-{number}" for number in random.integers(0, 9, rows)],
+            "user": [f"{USER}{number}" for number in random.integers(0, 9, rows)],
             "time": when,
             "price": random.integers(0, 500, rows) / 100,
             "count": random.integers(0, 5, rows),
@@ -100,7 +107,7 @@ def _typed(name: str, kind: pa.DataType) -> Change:
     def change(table: pa.Table, random: Random) -> pa.Table:
         column = table[name].combine_chunks()
         if pa.types.is_string(column.type) and not pa.types.is_large_string(kind) and not pa.types.is_string_view(kind):
-            column = pa.array([int(text.strip(f"{SECRET}-")) for text in column.to_pylist()])
+            column = pa.array([int(text.strip(f"{USER}{SECRET}")) for text in column.to_pylist()])
         return table.set_column(table.column_names.index(name), name, column.cast(kind, safe=False))
 
     return change
@@ -115,8 +122,8 @@ FAR = [
     -(2**31) - 1,
     -1,
     0,
-    253_402_300_800 * 10**6,
-    -62_135_596_801 * 10**6,
+    253_402_500_000 * 10**6,
+    -62_135_700_000 * 10**6,
 ]
 VALUES: dict[str, Change] = {
     **{f"null {name}": lambda t, r, n=name: _put(t, r, n, None) for name in ("user", "time", "price", "count", "kind")},
@@ -128,7 +135,7 @@ VALUES: dict[str, Change] = {
     "strange users": lambda t, r: _put(
         t, r, "user", ["\x00", "a\x00", "ü" * 9, "\U0001f600", " ", "a\nb"][r.integers(6)]
     ),
-    "long user": lambda t, r: _put(t, r, "user", SECRET * int(r.integers(1000, 400_000))),
+    "long user": lambda t, r: _put(t, r, "user", USER * int(r.integers(1000, 400_000))),
     "long kind": lambda t, r: _put(t, r, "kind", SECRET * 100_000),
     "far times": lambda t, r: _numbers(t, r, "time", FAR),
     "negative days": lambda t, r: _numbers(t, r, "time", [-5 * UNITS["us"], -1, -86_400, -719_163]),
@@ -274,63 +281,188 @@ def case(seed: int, place: Path, engine: str = "local") -> dict[str, Any]:
     how = sorted(KINDS[kind])[random.integers(len(KINDS[kind]))]
     change = KINDS[kind][how]
     every = random.random() < 0.3  # all files, not only one
-    folder = place / "events"
+    target = ("events", "profiles", "calendar", "sequences")[random.choice(4, p=[0.6, 0.15, 0.1, 0.15])]
+    folder = place / target
     folder.mkdir(parents=True)
     for number, table in enumerate(tables):
         hit = every or number == 1
+        if target == "profiles":  # one row a user
+            names = pa.array([f"{USER}{number * 100 + row}" for row in range(len(table))])
+            table = table.set_column(0, "user", names)
         if hit and kind in ("schema", "values"):
             table = change(table, random)
         pq.write_table(
-            table, folder / f"{number}.parquet", row_group_size=int(random.integers(5, 70)),
-            compression=("zstd", "none", "snappy")[random.integers(3)], use_dictionary=bool(random.random() < 0.5),
+            as_calendar(table) if target == "calendar" else table, folder / f"{number}.parquet",
+            row_group_size=int(random.integers(5, 70)), use_dictionary=bool(random.random() < 0.5),
+            compression=("zstd", "none", "snappy")[random.integers(3)],
         )  # fmt: skip
         if hit and kind == "bytes":
             content = (folder / f"{number}.parquet").read_bytes()
             (folder / f"{number}.parquet").write_bytes(change(content, random))
     if kind == "structure":
         change(folder, random)
-    data = Data(behaviours=BEHAVIOURS, time_zone=zone, max_reject_share=float(random.choice([0.0, 1.0], p=[0.2, 0.8])))
-    about = {"seed": seed, "how": f"{kind}: {how}, {time}, {zone}, {'all' if every else 'one'}"}
+    about = {"seed": seed, "how": f"{target}: {kind}: {how}, {time}, {zone}, {'all' if every else 'one'}"}
+    share = float(random.choice([0.0, 1.0], p=[0.2, 0.8]))
+    data = Data(behaviours=BEHAVIOURS, time_zone=zone, max_reject_share=share)
     try:
-        artifact = prepare_timelines(
-            data, RawTables(str(folder)), str(place / "root" / "timelines" / "0123456789ab"),
-            Tokenizer(partial, merge, TOKENIZER_VERSION), engine, block_rows=int(random.integers(10, 200)),
-        )  # fmt: skip
+        artifact = PREPARE[target](data, folder, place, engine, int(random.integers(10, 200)))
     except UserError as error:
         text = str(error)
-        names = [path.name for path in folder.rglob("*")]
-        assert str(folder) in text or any(f"events/{name}" in text for name in names), f"names no file: {text}"
+        names = [path.name for path in folder.resolve().rglob("*")]
+        called = "events" if target == "sequences" else target
+        assert str(folder) in text or any(f"{called}/{name}" in text for name in names), f"names no file: {text}"
         assert SECRET not in text, f"shows data: {text}"
         return about | {"end": "error", "text": text[:300]}
-    check(folder, artifact, zone)
+    CHECK[target](folder, artifact, zone)
     return about | {"end": "artifact", "rejected": artifact.manifest["rows_rejected"]}
 
 
-def check(folder: Path, artifact: Any, zone: str) -> None:
-    """Compare an artifact with a plain reading of its raw tables."""
-    manifest = artifact.manifest
-    rejects = set()
-    path = Path(artifact.uri) / "rejects"
-    if path.exists():
-        table = pq.read_table(path)
-        assert not any(SECRET in reason for reason in table["reason"].to_pylist())
-        rejects = {(row["file"], row["row"]) for row in table.to_pylist()}
-        assert len(rejects) == table.num_rows
-    days: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    rows_in = 0
+def as_calendar(table: pa.Table) -> pa.Table:
+    """The table's columns under the names of a calendar: every row a user's campaign of one day."""
+    names = {"user": "key", "time": "start_day", "kind": "event_type", "price": "value"}
+    table = table.rename_columns([names.get(name, name) for name in table.column_names])
+    if "start_day" in table.column_names and table.column_names.count("start_day") == 1:
+        table = table.append_column("end_day", table["start_day"])
+    return table.append_column("scope", pa.repeat("user", len(table))) if table.column_names else table
+
+
+def _timelines(data: Data, folder: Path, place: Path, engine: Any, block_rows: int) -> Any:
+    made_by = Tokenizer(partial, merge, TOKENIZER_VERSION)
+    return prepare_timelines(
+        data, RawTables(str(folder)), str(place / "root" / "0123456789ab"), made_by, engine, block_rows=block_rows
+    )
+
+
+def _sequences(data: Data, folder: Path, place: Path, engine: Any, block_rows: int) -> Any:
+    made_by = Tokenizer(sequences.partial, sequences.merge, sequences.TOKENIZER_VERSION, sequences.COLUMNS)
+    data = replace(data, events=Events(item="kind"), behaviours=())
+    # rejects and messages name the table `events`
+    folder.rename(place / "events")
+    folder.symlink_to(place / "events")
+    return prepare_timelines(
+        data, RawTables(str(folder)), str(place / "root" / "0123456789ab"), made_by, engine, block_rows=block_rows
+    )
+
+
+def _profiles(data: Data, folder: Path, place: Path, engine: Any, block_rows: int) -> Any:
+    data = replace(data, profiles=Profiles(registered="time", numbers=("price", "count"), categories=("kind",)))
+    (place / "some").mkdir()
+    pq.write_table(events(np.random.default_rng(1), 30, "day"), place / "some" / "0.parquet")
+    made_by = Tokenizer(partial, merge, TOKENIZER_VERSION)
+    tables = RawTables(str(place / "some"), str(folder))
+    return prepare_timelines(data, tables, str(place / "root" / "0123456789ab"), made_by, engine, block_rows=block_rows)
+
+
+def _calendar(data: Data, folder: Path, place: Path, engine: Any, block_rows: int) -> Any:
+    data = replace(data, calendar=Calendar())
+    return prepare_calendar(data, RawTables("", None, str(folder)), str(place / "root" / "0123456789ab"), 0, 100)
+
+
+PREPARE = {"events": _timelines, "profiles": _profiles, "calendar": _calendar, "sequences": _sequences}
+
+
+def read_raw(folder: Path, names: tuple[str, ...] = NAMES) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(path below the folder, row number, row) of all raw rows."""
     for file in sorted(folder.rglob("*.parquet")):
         below = file.relative_to(folder)
-        if any(part[0] in "._" for part in below.parts) or not file.is_file():
+        if not any(part[0] in "._" for part in below.parts) and file.is_file():
+            for number, row in enumerate(plain_rows(file, names)):
+                yield str(below), number, row
+
+
+def read_rejects(artifact: Any) -> dict[tuple[str, int], list[str]]:
+    """The reasons of the rejects by file and row."""
+    path = Path(artifact.uri) / "rejects"
+    found: dict[tuple[str, int], list[str]] = {}
+    for row in pq.read_table(path).to_pylist() if path.exists() else ():
+        assert SECRET not in row["reason"], row["reason"]
+        found.setdefault((row["file"], row["row"]), []).append(row["reason"])
+    assert sum(map(len, found.values())) == artifact.manifest["rows_rejected"]
+    return found
+
+
+def check_profiles(folder: Path, artifact: Any, zone: str) -> None:
+    """Compare the profiles of an artifact with a plain reading."""
+    rejects, expected, rows_in = read_rejects(artifact), {}, 0
+    for below, number, row in read_raw(folder):
+        rows_in += 1
+        day = day_of(row["time"], zone)
+        bad = row["user"] is None or any(isinstance(row[name], bytes) for name in ("user", "kind"))
+        bad |= row["time"] is not None and day is None
+        numbers = {name: row[name] for name in ("price", "count")}
+        infinite = any(value is not None and math.isinf(value) for value in numbers.values())
+        reasons = rejects.get((f"profiles/{below}", number), [])
+        edge = row["time"] is not None and row["time"][1] == "ns" and abs(row["time"][0]) > 2**63 - 1 - UNITS["ns"]
+        if edge and reasons:
             continue
-        for number, row in enumerate(plain_rows(file)):
-            rows_in += 1
-            day = day_of(row["time"], zone)
-            bad = is_bad(row, day)
-            assert ((f"events/{below}", number) in rejects) in bad, f"{below} row {number}: {row}, rejected: {bad}"
-            if (f"events/{below}", number) not in rejects:
-                days.setdefault((row["user"], day), []).append(row)
+        assert bool(reasons) == (bad or infinite), (below, number, row, reasons)
+        if not bad:
+            clean = {
+                name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()
+            }
+            assert row["user"] not in expected
+            expected[row["user"]] = clean | {"registered": day, "kind": row["kind"]}
+    assert artifact.manifest["rows_in"] == rows_in + 30
+    found = pq.read_table(Path(artifact.uri) / "profiles").to_pylist() if expected else []
+    assert {row["user"]: {name: row[name] for name in ("price", "count", "registered", "kind")} for row in found} == {
+        user: row | {"count": None if row["count"] is None else float(row["count"])} for user, row in expected.items()
+    }
+
+
+def check_calendar(folder: Path, artifact: Any, zone: str) -> None:
+    """Compare a calendar with a plain reading."""
+    rejects, expected, rows_in = read_rejects(artifact), [], 0
+    for below, number, row in read_raw(folder, ("key", "start_day", "value", "count", "event_type")):
+        rows_in += 1
+        day = day_of(row["time"], zone)
+        edge = row["time"] is not None and row["time"][1] == "ns" and abs(row["time"][0]) > 2**63 - 1 - UNITS["ns"]
+        bad = day is None or any(row[name] is None or isinstance(row[name], bytes) for name in ("user", "kind"))
+        bad |= row["price"] is not None and not math.isfinite(row["price"])
+        gone = (f"calendar/{below}", number) in rejects
+        assert gone == bad or edge, (below, number, row)
+        if not gone:
+            expected.append(("user", row["user"], day, day, row["kind"], row["price"], None))
+    found = pq.read_table(Path(artifact.uri) / "0000.parquet").to_pylist()
+    assert sorted(map(repr, (tuple(row.values()) for row in found))) == sorted(map(repr, expected))
+    assert artifact.manifest["rows_in"] == rows_in == len(found) + artifact.manifest["rows_rejected"]
+
+
+def check_sequences(folder: Path, artifact: Any, zone: str) -> None:
+    """Compare sequences with a plain reading: each (user, instant, item) once."""
+    rejects, expected, rows_in = read_rejects(artifact), set(), 0
+    for below, number, row in read_raw(folder):
+        rows_in += 1
+        day = day_of(row["time"], zone)
+        bad = day is None or any(row[name] is None or isinstance(row[name], bytes) for name in ("user", "kind"))
+        edge = row["time"] is not None and row["time"][1] == "ns" and abs(row["time"][0]) > 2**63 - 1 - UNITS["ns"]
+        gone = (f"events/{below}", number) in rejects
+        assert gone == bad or edge, (below, number, row)
+        if not gone:
+            time, unit = row["time"]
+            micros = day * UNITS["us"] if unit in ("number", "date") else time * UNITS["us"] // UNITS[unit]
+            item = int(hash_strings([str(row["kind"])]).view(np.int64)[0])
+            expected.add((row["user"], day, item, micros))
+    assert artifact.manifest["rows_in"] == rows_in == artifact.manifest["events"] + len(rejects)
+    timelines = Timelines.open(artifact.uri)
+    rows = timelines.read(range(timelines.buckets))
+    users = np.repeat(rows.user, np.diff(rows.offsets))
+    found = [(user, int(day), int(value[0]), int(value[1])) for user, day, value in zip(users, rows.days, rows.values)]
+    assert len(found) == len(set(found)) and set(found) == expected
+
+
+def check_events(folder: Path, artifact: Any, zone: str) -> None:
+    """Compare timelines with a plain reading."""
+    manifest, rejects = artifact.manifest, read_rejects(artifact)
+    days: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    rows_in = 0
+    for below, number, row in read_raw(folder):
+        rows_in += 1
+        day = day_of(row["time"], zone)
+        bad, gone = is_bad(row, day), (f"events/{below}", number) in rejects
+        assert gone in bad, f"{below} row {number}: {row}, rejected: {gone}"
+        if not gone:
+            days.setdefault((row["user"], day), []).append(row)
     assert manifest["rows_in"] == rows_in == manifest["events"] + manifest["rows_rejected"], manifest
-    assert manifest["rows_rejected"] == len(rejects)
     timelines = Timelines.open(artifact.uri)
     rows = timelines.read(range(timelines.buckets))
     found = {}
@@ -340,12 +472,18 @@ def check(folder: Path, artifact: Any, zone: str) -> None:
     assert found == {key: aggregated(group) for key, group in days.items()}
 
 
-def plain_rows(file: Path) -> list[dict[str, Any]]:
+CHECK = {"events": check_events, "profiles": check_profiles, "calendar": check_calendar, "sequences": check_sequences}
+
+
+def plain_rows(file: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """The rows as Python values; times as (number, unit) and strings decoded only where they are text."""
     table = pq.ParquetFile(file).read()
-    if table.column_names.count("user") > 1 or table.column_names.count("price") > 1:
-        raise AssertionError("an artifact of a column that is there twice")
-    columns = {name: table[name] for name in ("user", "time", "price", "count", "kind")}
+    # where nobody reads a column it may be missing, or be there twice
+    nothing = pa.chunked_array([pa.nulls(len(table))])
+    columns = {
+        own: table.column(table.column_names.index(name)) if name in table.column_names else nothing
+        for own, name in zip(NAMES, names, strict=True)
+    }
     kind = columns["time"].type
     unit = kind.unit if pa.types.is_timestamp(kind) else "number" if pa.types.is_integer(kind) else "date"
     wide = pa.int32() if pa.types.is_date32(kind) else kind if pa.types.is_integer(kind) else pa.int64()
@@ -378,9 +516,9 @@ def _texts(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _price(value: Any, kind: pa.DataType) -> float | None:
-    if value is None:
+    if value is None or not isinstance(value, (float, int, decimal.Decimal)):
         return None
-    if pa.types.is_float32(kind):
+    if pa.types.is_float32(kind) or pa.types.is_float16(kind):
         shortest = np.format_float_scientific(np.float32(value), unique=True)
         digits = len(shortest.split("e")[0].replace(".", "").strip("-0"))
         return float(shortest) if math.isfinite(value) and digits <= 7 else float(value)
@@ -432,20 +570,139 @@ def aggregated(rows: list[dict[str, Any]]) -> list[int]:
     return [1, len(rows), sum(units), max(units, default=0), counts, int(any(p > 2 for p in prices)), len(kinds)]
 
 
+# --- Delta tables ---
+
+
+def _log(change: Callable[[bytes, Random], bytes]) -> Callable[[Path, Random], None]:
+    def broken(folder: Path, random: Random) -> None:
+        logs = sorted((folder / "_delta_log").glob("*.json"))
+        log = logs[random.integers(len(logs))]
+        log.write_bytes(change(log.read_bytes(), random))
+
+    return broken
+
+
+def _actions(change: Callable[[dict[str, Any], Random], dict[str, Any] | None]) -> Callable[[Path, Random], None]:
+    """Change (None: drop) the add actions of a log file."""
+
+    def broken(folder: Path, random: Random) -> None:
+        logs = sorted((folder / "_delta_log").glob("*.json"))
+        log = logs[random.integers(len(logs))]
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        kept = [changed for line in lines if (changed := change(line, random) if "add" in line else line) is not None]
+        log.write_text("\n".join(map(json.dumps, kept)))
+
+    return broken
+
+
+def _stats(text: str) -> Callable[[Path, Random], None]:
+    return _actions(lambda line, random: {"add": line["add"] | {"stats": text}})
+
+
+def _data_file(change: Callable[[Path, Random], object]) -> Callable[[Path, Random], None]:
+    def broken(folder: Path, random: Random) -> None:
+        files = sorted(folder.glob("*.parquet"))
+        change(files[random.integers(len(files))], random)
+
+    return broken
+
+
+def _checkpoint(change: Callable[[Path, Random], object]) -> Callable[[Path, Random], None]:
+    def broken(folder: Path, random: Random) -> None:
+        import deltalake
+
+        deltalake.DeltaTable(folder).create_checkpoint()
+        change(next((folder / "_delta_log").glob("*.checkpoint.parquet")), random)
+
+    return broken
+
+
+def _no_early_logs(folder: Path, random: Random) -> None:
+    (folder / "_delta_log" / f"{0:020d}.json").unlink()
+
+
+DELTA: dict[str, Callable[[Path, Random], object]] = {
+    **{f"log {name}": _log(change) for name, change in BYTES.items()},
+    **{
+        f"data {name}": _data_file(lambda f, r, c=change: f.write_bytes(c(f.read_bytes(), r)))
+        for name, change in BYTES.items()
+    },
+    "log without a version": lambda f, r: (f / "_delta_log" / f"{1:020d}.json").unlink(),
+    "log without its beginning": _no_early_logs,
+    "no log": lambda f, r: [path.unlink() for path in (f / "_delta_log").iterdir()],
+    "an action less": _actions(lambda line, r: None),
+    "an action without a path": _actions(
+        lambda line, r: {"add": {k: v for k, v in line["add"].items() if k != "path"}}
+    ),
+    "another size": _actions(lambda line, r: {"add": line["add"] | {"size": 7}}),
+    "another path": _actions(lambda line, r: {"add": line["add"] | {"path": "nowhere.parquet"}}),
+    "stats: none": _stats(""),
+    "stats: no JSON": _stats("{"),
+    "stats: a list": _stats("[]"),
+    "stats: wrong numbers": _stats(
+        '{"numRecords": 1, "minValues": {"time": 1}, "maxValues": {"time": 1}, "nullCount": {}}'
+    ),
+    "stats: wrong types": _stats('{"numRecords": "x", "minValues": {"time": "x"}, "maxValues": 3}'),
+    "a data file less": _data_file(lambda f, r: f.unlink()),
+    "a data file more": lambda f, r: shutil.copy(next(f.glob("*.parquet")), f / "stray.parquet"),
+    "the newest version taken away": lambda f, r: sorted((f / "_delta_log").glob("*.json"))[-1].unlink(),
+    "checkpoint cut": _checkpoint(lambda f, r: f.write_bytes(f.read_bytes()[: int(r.integers(0, 900))])),
+    "checkpoint flip": _checkpoint(lambda f, r: f.write_bytes(_flip(f.read_bytes(), r))),
+    "checkpoint gone": _checkpoint(lambda f, r: f.unlink()),
+    "checkpoint pointer": _checkpoint(lambda f, r: (f.parent / "_last_checkpoint").write_bytes(r.bytes(30))),
+}
+
+
+def delta_case(seed: int, place: Path, engine: str = "local") -> dict[str, Any]:
+    """As `case`, of events in a Delta table of three versions. What its log says is what must be read: an independent
+    reading takes the files of `deltalake` where it opens the table, whatever was done to it."""
+    import deltalake
+
+    random = np.random.default_rng(seed)
+    time, zone = ("day", "date", "us")[random.integers(3)], ("UTC", "Europe/Berlin")[random.integers(2)]
+    folder = place / "events"
+    for _ in range(3):
+        deltalake.write_deltalake(folder, events(random, int(random.integers(20, 60)), time), mode="append")
+    how = sorted(DELTA)[random.integers(len(DELTA))]
+    DELTA[how](folder, random)
+    about = {"seed": seed, "how": f"delta: {how}, {time}, {zone}"}
+    data = Data(behaviours=BEHAVIOURS, time_zone=zone, max_reject_share=1.0)
+    try:
+        artifact = _timelines(data, folder, place, engine, int(random.integers(10, 200)))
+    except UserError as error:
+        text = str(error)
+        names = [path.name for path in folder.rglob("*")]
+        assert str(folder) in text or any(f"events/{name}" in text for name in names), f"names no file: {text}"
+        return about | {"end": "error", "text": text[:300]}
+    # the files that the table has now, alone in a folder, by the names that the rejects have
+    (place / "plain").mkdir()
+    for uri in deltalake.DeltaTable(folder).file_uris():
+        name = Path(uri.removeprefix("file://")).name
+        shutil.copy(folder / name, place / "plain" / name)
+    check_events(place / "plain", artifact, zone)
+    return about | {"end": "artifact", "rejected": artifact.manifest["rows_rejected"]}
+
+
 def main() -> None:
-    """Answer the seeds on stdin until it is closed."""
+    """Answer the seeds on stdin until it is closed. Arguments: the engine and the kind of table."""
+    engine, table = [*sys.argv[1:], *("local", "folder")[len(sys.argv) - 1 :]]
+    sys.stdout = sys.stderr  # Ray's words are no answers
+    if engine == "ray":
+        from lum_ray.steps.session import start_ray
+
+        start_ray()
     for line in sys.stdin:
         seed = int(line)
         with tempfile.TemporaryDirectory() as place:
             try:
-                found = case(seed, Path(place))
+                found = (delta_case if table == "delta" else case)(seed, Path(place), engine)
             except BaseException as error:
                 found = {
                     "seed": seed,
                     "wrong": f"{type(error).__name__}: {error}"[:2000],
                     "trace": traceback.format_exc()[-3000:],
                 }
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found), flush=True, file=sys.__stdout__)
 
 
 if __name__ == "__main__":

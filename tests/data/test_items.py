@@ -82,10 +82,10 @@ def test_index_of_is_a_look_up(known: set[str], asked: list[str]) -> None:
     ("rows", "message"),
     [
         ([("a", "x", None, 1), ("b", "y", None, 1), ("a", "z", None, 1)], r"one row per item, .*more than once: a;"),
-        ([("a", None, None, 1)], r"items: none of the 1 rows can be used(.|\n)*row 0: a has no text: title, kind"),
+        ([("a", None, None, 1)], r"items: none of the 1 rows can be used(.|\n)*row 0: has no text: title, kind"),
         (
             [("a", "x", None, 1), ("b", None, None, 1)],
-            r"items: 1 of 2 rows break the schema, more than data\.max_reject_share = 30\.00%(.|\n)*b has no text",
+            r"items: 1 of 2 rows break the schema, more than data\.max_reject_share = 30\.00%(.|\n)*1: has no text",
         ),
         ([], r"data\.items\.path: .*expected rows, but the 1 file\(s\) hold none"),
     ],
