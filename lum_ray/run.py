@@ -42,6 +42,9 @@ class Events:
 
 @dataclass(frozen=True)
 class Profiles:
+    """`known_at` names a column (or none) with the day on which a row's numbers and categories became known: they are
+    missing for every cut up to it. A row without one was always known."""
+
     __pydantic_config__: ClassVar = STRICT
     path: str | None = None
     user: str = "user"
@@ -51,6 +54,7 @@ class Profiles:
     numbers: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
+    known_at: str | None = None
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from lum_ray.data.schema import (
     wrong_type,
 )
 from lum_ray.data.times import RANGE, to_day
+from lum_ray.data.windows import KNOWN_AT
 
-CANONICAL = ("bucket", "user", "user_hash", "registered", "ends", "segment")
+CANONICAL = ("bucket", "user", "user_hash", "registered", "ends", "segment", KNOWN_AT)
 """Columns of the profiles in the timelines that are not raw columns."""
 CALENDAR = pa.schema(
     [
@@ -82,12 +83,13 @@ def check_profiles(uri: str, data: Data) -> list[RawFile]:
             "registered": profiles.registered,
             "ends": profiles.ends,
             "segment": profiles.segment,
+            "known_at": profiles.known_at,
         }
         require(file, {f"data.profiles.{key}": name for key, name in named.items() if name is not None})
         require(file, {f"data.profiles.numbers: {name}": name for name in numbers})
         require(file, {f"data.profiles.categories: {name}": name for name in categories})
         check_user(file, profiles.user)
-        for day in (profiles.registered, profiles.ends):
+        for day in (profiles.registered, profiles.ends, profiles.known_at):
             if day is not None:
                 check_time(file, day, data.time_zone)
         for name in numbers:
@@ -118,9 +120,10 @@ def clean_profiles(
 ) -> tuple[pa.Table, pa.Table]:
     """Profiles (as they are in a file or a request) in canonical form, and the rejects (REJECTS).
 
-    Returns (user, registered int32, ends int32, segment string, numbers float64, categories and splits string), nulls
-    where unknown. Rejected: a null user, a registration or end that is no day within 32 bits; an infinite number
-    becomes null and is noted. A user who comes twice is not looked for here (see `repeated_users`).
+    Returns (user, registered int32, ends int32, known_at int32 if the run has one, segment string, numbers float64,
+    categories and splits string), nulls where unknown. Rejected: a null user, a day out of `times.RANGE`, a text that
+    is no UTF-8; an infinite number becomes null and is noted. A user who comes twice is not looked for here (see
+    `repeated_users`).
     """
     profiles = data.profiles or Profiles()
     numbers, categories = profile_columns(profiles)
@@ -132,7 +135,9 @@ def clean_profiles(
 
     columns = {"user": text(profiles.user)}
     rejected.add(mask(pc.is_null(columns["user"])), f"`{profiles.user}` is null")
-    for key, name in (("registered", profiles.registered), ("ends", profiles.ends)):
+    days = {"registered": profiles.registered, "ends": profiles.ends}
+    days |= {KNOWN_AT: profiles.known_at} if profiles.known_at else {}
+    for key, name in days.items():
         columns[key] = pa.chunked_array([pa.nulls(table.num_rows, pa.int32())])
         if name is not None:
             day = to_day(table[name], data.time_zone)

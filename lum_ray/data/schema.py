@@ -36,6 +36,8 @@ REJECTS = pa.schema(
 )
 RESERVED = ("bucket", "user", "user_hash", "days", "day")
 """Columns of the timelines, which no behaviour may be named after."""
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises for a damaged file."""
 PROVENANCE = ("@id", "@file", "@row")
 """Columns that cleaned events carry besides where `events.id` is set, so that `drop_repeats` can find repeated rows."""
 
@@ -101,10 +103,12 @@ def open_parquet(uri: str) -> pq.ParquetFile:
     """The parquet file at `uri`. Raises UserError naming the file where it is none, is cut off or is missing."""
     place = storage(uri)
     try:
-        return pq.ParquetFile(place.filesystem.open_input_file(place.path), pre_buffer=not place.is_local)
+        file = pq.ParquetFile(place.filesystem.open_input_file(place.path), pre_buffer=not place.is_local)
+        file.schema_arrow.names  # noqa: B018 (a damaged footer shows here: names that are no UTF-8, unknown types)
+        return file
     except FileNotFoundError:
         raise UserError(f"{uri}: expected a parquet file, found nothing; was it moved while the job ran?") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise unreadable(uri, error) from None
 
 
@@ -392,7 +396,7 @@ def batches(
         for batch in file.iter_batches(batch_rows, row_groups=groups, columns=list(columns), use_threads=False):
             yield pa.Table.from_batches([batch]), row
             row += batch.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise unreadable(uri, error) from None
 
 

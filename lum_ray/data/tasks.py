@@ -146,7 +146,8 @@ def _aggregated(job: Job, events: pa.Table) -> pa.Table:
 def _profile_columns(data: Data) -> list[str]:
     profiles = data.profiles
     assert profiles is not None
-    days = [name for name in (profiles.registered, profiles.ends, profiles.segment) if name is not None]
+    roles = (profiles.registered, profiles.ends, profiles.segment, profiles.known_at)
+    days = [name for name in roles if name is not None]
     return list(dict.fromkeys([profiles.user, *days, *profiles.numbers, *profiles.categories, *profiles.splits]))
 
 

@@ -30,7 +30,7 @@ from lum_ray.data.adapters import VERSIONS, write_source
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
 from lum_ray.data.schema import RawTables, check_events
-from lum_ray.data.windows import CutPlan, DerivedTarget, HorizonTarget
+from lum_ray.data.windows import CutPlan, DerivedTarget, HorizonTarget, came_before
 from lum_ray.lumos import timelines as tokenizer
 from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.fitting import fit_inputs, with_starts
@@ -183,8 +183,13 @@ def _fit(run: Run, prepared: Prepared, until: int) -> Inputs:
     timelines = Timelines.open(prepared.timelines.uri)
     plan = cut_plan(run, "train", int(prepared.timelines.manifest["end_day"]))
     full = np.flatnonzero(timelines.bucket_users).tolist()
+
+    def read(bucket: int) -> Rows:
+        rows = timelines.read([bucket])
+        return rows.take(came_before(rows, until))
+
     inputs = fit_inputs(
-        (_of_plan(plan, timelines.read([bucket])) for bucket in full),
+        (_of_plan(plan, read(bucket)) for bucket in full),
         prepared.calendar_table if data.calendar else None,
         data.behaviours,
         derived,
@@ -196,7 +201,7 @@ def _fit(run: Run, prepared: Prepared, until: int) -> Inputs:
     )
 
     def windows(bucket: int) -> tuple[Rows, Samples]:
-        rows = timelines.read([bucket])
+        rows = read(bucket)
         return rows, plan.draw(rows, run.seed, 0, 4)
 
     return with_starts(inputs, run.section, map(windows, islice(full, STARTS_BUCKETS)), until)

@@ -381,6 +381,12 @@ def read_rejects(artifact: Any) -> dict[tuple[str, int], list[str]]:
     return found
 
 
+def rounded(row: Any) -> Any:
+    """A row with its floats to 14 digits: Arrow's cast of decimals may be one bit away from the nearest float."""
+    cells = [float(f"{cell:.14g}") if isinstance(cell, float) else cell for cell in row]
+    return tuple(cells)
+
+
 def check_profiles(folder: Path, artifact: Any, zone: str) -> None:
     """Compare the profiles of an artifact with a plain reading."""
     rejects, expected, rows_in = read_rejects(artifact), {}, 0
@@ -404,8 +410,9 @@ def check_profiles(folder: Path, artifact: Any, zone: str) -> None:
             expected[row["user"]] = clean | {"registered": day, "kind": row["kind"]}
     assert artifact.manifest["rows_in"] == rows_in + 30
     found = pq.read_table(Path(artifact.uri) / "profiles").to_pylist() if expected else []
-    assert {row["user"]: {name: row[name] for name in ("price", "count", "registered", "kind")} for row in found} == {
-        user: row | {"count": None if row["count"] is None else float(row["count"])} for user, row in expected.items()
+    names = ("price", "count", "registered", "kind")
+    assert {row["user"]: rounded(row[name] for name in names) for row in found} == {
+        user: rounded(row[name] for name in names) for user, row in expected.items()
     }
 
 
@@ -423,7 +430,7 @@ def check_calendar(folder: Path, artifact: Any, zone: str) -> None:
         if not gone:
             expected.append(("user", row["user"], day, day, row["kind"], row["price"], None))
     found = pq.read_table(Path(artifact.uri) / "0000.parquet").to_pylist()
-    assert sorted(map(repr, (tuple(row.values()) for row in found))) == sorted(map(repr, expected))
+    assert sorted(repr(rounded(tuple(row.values()))) for row in found) == sorted(map(repr, map(rounded, expected)))
     assert artifact.manifest["rows_in"] == rows_in == len(found) + artifact.manifest["rows_rejected"]
 
 
