@@ -140,10 +140,9 @@ def _values(events: pa.Table, behaviour: Behaviour, aggregate: Aggregate) -> Ite
     units = to_units(value, behaviour.resolution)
     bad = units.infinite | units.finer | units.large
     if bad.any():
-        some = pc.take(value, pa.array(np.flatnonzero(bad)[:5])).to_pylist()
         raise ValueError(
-            f"{behaviour.name}: {aggregate}: expected finite multiples of {behaviour.resolution}, got {some} "
-            f"({bad.sum()} rows); round them or choose a finer resolution"
+            f"{behaviour.name}: {aggregate}: expected finite multiples of {behaviour.resolution}, {bad.sum()} "
+            "rows hold other numbers; round them or choose a finer resolution"
         )
     yield np.where(units.present, units.whole, 0), units.present
     if aggregate.function == "mean":

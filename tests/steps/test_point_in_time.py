@@ -32,23 +32,25 @@ from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.fitting import fit_profiles, fit_tree, statistics
 from lum_ray.gts.model import Gts
 from lum_ray.gts.stage import GtsStage
+from lum_ray.lumos.model import Lumos
 from lum_ray.lumos.stage import LumosStage
 from lum_ray.steps import prepare
 
 START, CUT, END = 100, 130, 150
 USERS, ITEMS = 5, 8
-EXAMPLES = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 Row = dict[str, Any]
 
 day = st.integers(START, END - 1)
 known_at = st.one_of(st.none(), day)
+# the first user has a training cut in every world
 events = st.lists(
     st.tuples(st.integers(0, USERS - 1), day, st.integers(0, 9), st.integers(0, ITEMS - 1)), min_size=5, max_size=60
-).filter(lambda rows: any(START < row[1] < CUT - 15 for row in rows))
+).map(lambda rows: [(0, START + 1, 1, 0), *rows])
 profiles = st.lists(
     st.tuples(st.one_of(st.none(), day), st.floats(0, 99, width=16), st.sampled_from("abc"), known_at),
     min_size=USERS, max_size=USERS,
-)  # fmt: skip
+).map(lambda people: [(None, *people[0][1:]), *people[1:]])  # fmt: skip
 calendar = st.lists(
     st.tuples(
         st.sampled_from(["user", "global"]), st.integers(0, USERS - 1), day, st.integers(0, 9),
@@ -66,7 +68,8 @@ def table_of(rows: list[Any], names: dict[str, pa.DataType]) -> pa.Table:
 def write(folder: Path, table: pa.Table, files: int = 1) -> str:
     folder.mkdir(parents=True)
     for number in range(files):
-        pq.write_table(table.slice(number * len(table) // files, len(table)), folder / f"{number}.parquet")
+        first, stop = (place * len(table) // files for place in (number, number + 1))
+        pq.write_table(table.slice(first, stop - first), folder / f"{number}.parquet")
     return str(folder)
 
 
@@ -128,9 +131,9 @@ def lumos_run(folder: Path, tables: dict[str, pa.Table]) -> Run:
 def lumos_reads(run: Run) -> tuple[Any, dict[str, dict[str, Any]]]:
     """What is fitted, and by user what the model reads at the cut (no targets)."""
     prepared = prepare(run)
-    stage = LumosStage(
-        run.section, prepared.inputs, prepared.calendar_table if run.data.calendar else None, END, 1
-    )  # fmt: skip
+    calendar = prepared.calendar_table if run.data.calendar else None
+    nothing = cast(Lumos, object())  # the weights are not asked
+    stage = LumosStage(run.section, prepared.inputs, calendar, END, 1, module=nothing)
     timelines = Timelines.open(prepared.timelines.uri)
     rows = timelines.read(range(timelines.buckets))
     return json.loads(prepared.inputs.to_json()), {
