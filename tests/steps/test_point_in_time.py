@@ -38,7 +38,7 @@ from lum_ray.steps import prepare
 
 START, CUT, END = 100, 130, 150
 USERS, ITEMS = 5, 8
-EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 Row = dict[str, Any]
 
 day = st.integers(START, END - 1)
