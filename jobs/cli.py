@@ -254,6 +254,30 @@ def publish(run: RunFile, root: Root = None, set_: Set = None) -> None:
 
 
 @app.command()
+def forget(
+    run: RunFile, users: Annotated[list[str], typer.Argument(metavar="USER...")], root: Root = None, set_: Set = None
+) -> None:
+    """Take users out of everything under the root, keep them out, and prove it. Exit code 1 if the proof fails."""
+    from lum_ray.data.forgotten import FOLDER
+    from lum_ray.steps import forget as step
+
+    loaded = load(run, root, set_)
+    found = step(loaded, users, say)
+    say(f"{found.rows:,} rows; {found.rewritten:,} files rewritten, {found.removed:,} removed")
+    for checkpoint in found.checkpoints:
+        say(f"{checkpoint} was trained with them; `lum-ray train RUN --fresh` or the next training leaves them out")
+    if found.source_rows:
+        say(f"your own tables hold {found.source_rows:,} rows of theirs: lum_ray reads none of them, deleting is yours")
+    for uri, trace in list(found.namesakes.items())[:5]:
+        say(f"not theirs, but an equal ID: {uri}, {', '.join(trace.namesakes[:5])}")
+    if found.left:
+        lines = [f"  {uri}: {', '.join(trace.mentions) or f'{trace.rows} rows'}" for uri, trace in found.left.items()]
+        raise UserError("\n".join([f"forget: {len(lines)} of {found.scanned} files still hold them:", *lines[:5]]))
+    say(f"proof: {found.scanned:,} files read again, none holds them; running servers know them until they start anew")
+    done(join(loaded.root, FOLDER))
+
+
+@app.command()
 def serve(run: RunFile, root: Root = None, set_: Set = None, checkpoint: Checkpoint = None) -> None:
     """Serve the run's model over HTTP (trains and publishes what is missing) until Ctrl-C."""
     from lum_ray.steps import publish as step_publish

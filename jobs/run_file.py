@@ -27,7 +27,7 @@ FIELDS = {
     "item: what the event is about (gts)",
     "data.items": "one row an item; text: columns that describe it in words; numbers, categories: its table",
     "data.graph": "edges between items: co_occurrence at one moment before the train cut, or a table at path, or both",
-    "data.profiles": "one row a user, nulls are fine; registered, ends, segment: columns or null",
+    "data.profiles": "one row a user, nulls are fine; registered, ends, segment, known_at: columns or null",
     "data.calendar": "what is known ahead; holidays: a country code such as US, or null",
     "data.time_zone": "days begin at midnight here",
     "data.behaviours": "aggregate: sum count min max any mean n_unique; gate: the yes-or-no that a number needs",

@@ -57,6 +57,9 @@ class Events(Table):
 
 @dataclass(frozen=True)
 class Profiles(Table):
+    """`known_at` names a column (or none) with the day on which a row's numbers and categories became known: they are
+    missing for every cut up to it. A row without one was always known."""
+
     __pydantic_config__: ClassVar = STRICT
     user: str = "user"
     registered: str | None = None
@@ -65,6 +68,7 @@ class Profiles(Table):
     numbers: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
+    known_at: str | None = None
 
 
 @dataclass(frozen=True)

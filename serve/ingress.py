@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -220,7 +221,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _internal(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    # where it failed and how, but not what the error says: that may hold what was sent
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.error("%s %s failed: %s\n%s", request.method, request.url.path, type(error).__name__, where)
     return _response(error_reply(500, "internal", "the server failed to answer; its log says why"))
 
 

@@ -33,9 +33,10 @@ from jobs.bench.time_limit import time_limit
 from lum_ray import presets
 from lum_ray.config import Behaviour, Source
 from lum_ray.data.prepare import Tokenizer, prepare_calendar, prepare_timelines
+from lum_ray.data.raw import raw_files
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows
-from lum_ray.data.schema import raw_files, read_events
+from lum_ray.data.schema import read_events
 from lum_ray.lumos import timelines
 from lum_ray.run import Run
 from lum_ray.steps.prepare import raw_tables

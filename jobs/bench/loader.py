@@ -36,9 +36,9 @@ from jobs.bench.time_limit import time_limit
 from lum_ray.artifacts import storage
 from lum_ray.data.loader import Arrays, Loader
 from lum_ray.data.prepare import Tokenizer, prepare_timelines
+from lum_ray.data.raw import RawTables
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.schema import RawTables
 from lum_ray.data.windows import CutPlan, history
 from lum_ray.lumos import timelines
 from lum_ray.lumos.config import BehaviourInput, Inputs, LumosConfig

@@ -38,7 +38,7 @@ from jobs.bench.rows import emit, hardware, note, spread
 from jobs.bench.time_limit import time_limit
 from lum_ray.artifacts import Artifact
 from lum_ray.data.prepare import Engine, Tokenizer, prepare_timelines
-from lum_ray.data.schema import RawTables
+from lum_ray.data.raw import RawTables
 from lum_ray.lumos import timelines
 from lum_ray.steps.session import start_ray
 

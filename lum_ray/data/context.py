@@ -16,12 +16,23 @@ import pyarrow.compute as pc
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Profiles
-from lum_ray.data.expressions import plain
 from lum_ray.data.raw import RawFile, RowNumbers, batches, raw_files
-from lum_ray.data.schema import REJECTS, Rejected, check_time, check_user, check_zone, mask, require, wrong_type
-from lum_ray.data.times import to_day
+from lum_ray.data.schema import (
+    REJECTS,
+    Rejected,
+    check_time,
+    check_user,
+    check_zone,
+    mask,
+    plain_column,
+    readable,
+    require,
+    wrong_type,
+)
+from lum_ray.data.times import RANGE, to_day
+from lum_ray.data.windows import KNOWN_AT
 
-CANONICAL = ("bucket", "user", "user_hash", "registered", "ends", "segment")
+CANONICAL = ("bucket", "user", "user_hash", "registered", "ends", "segment", KNOWN_AT)
 """Columns of the profiles in the timelines that are not raw columns."""
 CALENDAR = pa.schema(
     [
@@ -70,12 +81,13 @@ def check_profiles(uri: str, data: Data) -> list[RawFile]:
             "registered": profiles.registered,
             "ends": profiles.ends,
             "segment": profiles.segment,
+            "known_at": profiles.known_at,
         }
         require(file, {f"data.profiles.{key}": name for key, name in named.items() if name is not None})
         require(file, {f"data.profiles.numbers: {name}": name for name in numbers})
         require(file, {f"data.profiles.categories: {name}": name for name in categories})
         check_user(file, profiles.user)
-        for day in (profiles.registered, profiles.ends):
+        for day in (profiles.registered, profiles.ends, profiles.known_at):
             if day is not None:
                 check_time(file, day, data.time_zone)
         for name in numbers:
@@ -104,37 +116,42 @@ def _group(file: RawFile, name: str) -> str:
 def clean_profiles(
     table: pa.Table, data: Data, file: str = "profiles", first_row: RowNumbers = 0
 ) -> tuple[pa.Table, pa.Table]:
-    """Profiles (as they are in a file or a request) in canonical form, and the rejects (file, row, reason).
+    """Profiles (as they are in a file or a request) in canonical form, and the rejects (REJECTS).
 
-    Returns (user, registered int32, ends int32, segment string, numbers float64, categories and splits string), nulls
-    where unknown. Rejected: a null user, a registration or end that is no day within 32 bits; an infinite number
-    becomes null and is noted. A user who comes twice is not looked for here (see `repeated_users`).
+    Returns (user, registered int32, ends int32, known_at int32 if the run has one, segment string, numbers float64,
+    categories and splits string), nulls where unknown. Rejected: a null user, a day out of `times.RANGE`, a text that
+    is no UTF-8; an infinite number becomes null and is noted. A user who comes twice is not looked for here (see
+    `repeated_users`).
     """
     profiles = data.profiles or Profiles()
     numbers, categories = profile_columns(profiles)
     rejected = Rejected(file, first_row, table.num_rows)
     noted = Rejected(file, first_row, table.num_rows)
-    columns = {"user": pc.cast(plain(table[profiles.user]), pa.string())}
+
+    def text(name: str) -> pa.ChunkedArray:
+        return readable(pc.cast(plain_column(table, name, file), pa.string()), rejected, name)
+
+    columns = {"user": text(profiles.user)}
     rejected.add(mask(pc.is_null(columns["user"])), f"`{profiles.user}` is null")
-    for key, name in (("registered", profiles.registered), ("ends", profiles.ends)):
+    days = {"registered": profiles.registered, "ends": profiles.ends}
+    days |= {KNOWN_AT: profiles.known_at} if profiles.known_at else {}
+    for key, name in days.items():
         columns[key] = pa.chunked_array([pa.nulls(table.num_rows, pa.int32())])
         if name is not None:
             day = to_day(table[name], data.time_zone)
-            rejected.add(
-                mask(pc.and_(pc.is_null(day), pc.is_valid(table[name]))), f"`{name}` is {{}}, no day", table[name]
-            )
+            rejected.add(mask(pc.and_(pc.is_null(day), pc.is_valid(table[name]))), f"`{name}` is no day", table[name])
             columns[key] = pa.chunked_array([day])
     segment = pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
-    columns["segment"] = segment if profiles.segment is None else pc.cast(plain(table[profiles.segment]), pa.string())
+    columns["segment"] = segment if profiles.segment is None else text(profiles.segment)
     for name in numbers:
-        number = pc.cast(plain(table[name]), pa.float64(), safe=False)
+        number = pc.cast(plain_column(table, name, file), pa.float64(), safe=False)
         infinite = mask(pc.is_inf(number))
-        noted.add(infinite & ~rejected.bad, f"`{name}` is {{}}, taken as missing", number)
+        noted.add(infinite & ~rejected.bad, f"`{name}` is infinite, taken as missing", number)
         columns[name] = pc.if_else(pc.is_finite(number), number, pa.scalar(None, pa.float64()))
     for name in categories:
-        columns[name] = pc.cast(plain(table[name]), pa.string())
+        columns[name] = text(name)
     cleaned = pa.table(columns).filter(pa.array(~rejected.bad))
-    return cleaned, pa.concat_tables([rejected.table(), noted.table()]).sort_by("row")
+    return cleaned, pa.concat_tables([given.table(columns["user"]) for given in (rejected, noted)]).sort_by("row")
 
 
 def repeated_users(profiles: pa.Table) -> list[str]:
@@ -170,7 +187,8 @@ def check_calendar(uri: str, data: Data) -> list[RawFile]:
     check_zone(data.time_zone)
     files = raw_files(uri, "calendar")
     for file in files:
-        require(file, {f"calendar.{name}": name for name in CALENDAR.names if name not in ("value", "known_at")})
+        optional = {"value", "known_at"} - set(file.schema.names)
+        require(file, {f"calendar.{name}": name for name in CALENDAR.names if name not in optional})
         for name in ("scope", "key", "event_type"):
             if _group(file, name) not in ("string", "null"):
                 raise wrong_type(file, name, "strings", "cast it")
@@ -192,9 +210,12 @@ def clean_calendar(
     """
     rejected = Rejected(file, first_row, table.num_rows)
     none = pa.chunked_array([pa.nulls(table.num_rows)])
-    raw = {name: table[name] if name in table.column_names else none for name in CALENDAR.names}
-    columns = {name: pc.cast(plain(raw[name]), pa.string()) for name in ("scope", "key", "event_type")}
-    columns["value"] = pc.cast(plain(raw["value"]), pa.float64(), safe=False)
+    raw = pa.table({name: table[name] if name in table.column_names else none for name in CALENDAR.names})
+    columns = {
+        name: readable(pc.cast(plain_column(raw, name, file), pa.string()), rejected, name)
+        for name in ("scope", "key", "event_type")
+    }
+    columns["value"] = pc.cast(plain_column(raw, "value", file), pa.float64(), safe=False)
     for name in ("start_day", "end_day", "known_at"):
         empty = pa.types.is_null(raw[name].type)
         columns[name] = (
@@ -202,27 +223,30 @@ def clean_calendar(
         )
     is_global = pc.equal(columns["scope"], "global")
     known = pc.is_in(columns["scope"], value_set=pa.array(SCOPES))
-    rejected.add(~mask(known), f"scope: expected one of {', '.join(SCOPES)}, got {{}}", columns["scope"])
+    rejected.add(~mask(known), f"scope: is none of {', '.join(SCOPES)}", columns["scope"])
     rejected.add(
         mask(pc.and_(pc.invert(is_global), pc.is_null(columns["key"]))),
-        "key: expected the {}'s, got null",
+        "key: is null, but the scope is not global",
         columns["scope"],
     )
     for name in ("start_day", "end_day"):
-        rejected.add(mask(pc.is_null(columns[name])), f"{name}: expected a day, got {{}}", raw[name])
+        rejected.add(mask(pc.is_null(columns[name])), f"{name}: is no day", raw[name])
     rejected.add(
         mask(pc.and_(pc.is_null(columns["known_at"]), pc.is_valid(raw["known_at"]))),
-        "known_at: no day: {}",
+        f"known_at: is out of {RANGE}",
         raw["known_at"],
     )
     rejected.add(
-        mask(pc.less(columns["end_day"], columns["start_day"])), "end_day: {} is before start_day", raw["end_day"]
+        mask(pc.less(columns["end_day"], columns["start_day"])), "end_day: is before start_day", raw["end_day"]
     )
-    rejected.add(mask(pc.is_null(columns["event_type"])), "event_type is null")
-    rejected.add(mask(pc.invert(pc.is_finite(columns["value"]))), "value is {}; null means 1", columns["value"])
+    rejected.add(mask(pc.is_null(columns["event_type"])), "event_type: is null")
+    rejected.add(
+        mask(pc.invert(pc.is_finite(columns["value"]))), "value: is not finite; null means 1", columns["value"]
+    )
     columns["key"] = pc.if_else(is_global, pa.scalar(None, pa.string()), columns["key"])
     cleaned = pa.table(columns).select(CALENDAR.names).cast(CALENDAR)
-    return cleaned.filter(pa.array(~rejected.bad)), rejected.table()
+    whose = pc.if_else(pc.equal(columns["scope"], "user"), columns["key"], pa.scalar(None, pa.string()))
+    return cleaned.filter(pa.array(~rejected.bad)), rejected.table(whose)
 
 
 def canonical_calendar(data: Data, uri: str | None, first_day: int, end_day: int) -> tuple[pa.Table, pa.Table]:

@@ -67,9 +67,9 @@ class Aggregate:
             raise ValueError("count() has no expression to evaluate")
         try:
             value = _Evaluation(str(self), table).value(_tree(self.expression))
-        except pa.ArrowInvalid as error:
+        except pa.ArrowInvalid:  # its message may hold the value
             raise UserError(
-                f"{self}: {error}; a whole number does not fit in 64 bits: divide it or use a float column"
+                f"{self}: a whole number does not fit in 64 bits: divide it or use a float column"
             ) from None
         if isinstance(value, pa.Scalar):
             value = pa.repeat(value, table.num_rows)

@@ -14,11 +14,21 @@ import pyarrow.compute as pc
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Graph
-from lum_ray.data.expressions import plain
 from lum_ray.data.items import BATCH_ROWS, Catalogue
 from lum_ray.data.raw import RawFile, batches, raw_files
 from lum_ray.data.rows import Int64, hash_strings
-from lum_ray.data.schema import REJECTS, Rejected, check_time, check_user, mask, require, wrong_type
+from lum_ray.data.schema import (
+    REJECTS,
+    Rejected,
+    check_time,
+    check_user,
+    first_rejects,
+    mask,
+    plain_column,
+    readable,
+    require,
+    wrong_type,
+)
 from lum_ray.data.times import to_day
 from lum_ray.data.windows import visible
 
@@ -64,14 +74,17 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
         rows += file.rows
         for batch, first_row in batches(file.uri, list(dict.fromkeys(columns)), None, 0, BATCH_ROWS, file.overlay):
             rejected = Rejected(file.name, first_row, batch.num_rows)
-            ends = [pc.cast(plain(batch[name]), pa.string()) for name in (graph.source, graph.target)]
+            ends = [
+                readable(pc.cast(plain_column(batch, name, file.name), pa.string()), rejected, name)
+                for name in (graph.source, graph.target)
+            ]
             for name, column in zip((graph.source, graph.target), ends, strict=True):
                 rejected.add(mask(pc.is_null(column)), f"`{name}` is null")
             weight = np.ones(batch.num_rows)
             if graph.weight:
-                given = pc.cast(plain(batch[graph.weight]), pa.float64(), safe=False)
+                given = pc.cast(plain_column(batch, graph.weight, file.name), pa.float64(), safe=False)
                 weight = np.asarray(pc.fill_null(given, float("nan")).to_numpy(), np.float64)
-                rejected.add(~(np.isfinite(weight) & (weight > 0)), f"`{graph.weight}` is {{}}, not above 0", given)
+                rejected.add(~(np.isfinite(weight) & (weight > 0)), f"`{graph.weight}` is not a number above 0", given)
             kept = ~rejected.bad
             if graph.known_at:
                 day = to_day(batch[graph.known_at], data.time_zone)
@@ -90,13 +103,12 @@ def read_edges(uri: str, data: Data, catalogue: Catalogue, until_day: int) -> tu
             weights.append(weight[kept])
     bad = pa.concat_tables(rejects)
     if bad.num_rows > data.max_reject_share * rows:
-        lines = [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in bad.slice(0, 5).to_pylist()]
         raise UserError(
             "\n".join(
                 [
                     f"graph: {bad.num_rows} of {rows} rows break the schema, more than data.max_reject_share = "
                     f"{data.max_reject_share:.2%}; mend them at the source",
-                    *lines,
+                    *first_rejects(bad),
                 ]
             )
         )

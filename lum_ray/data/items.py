@@ -24,7 +24,18 @@ from lum_ray.config import Data, Items
 from lum_ray.data.expressions import plain
 from lum_ray.data.raw import RawFile, RowNumbers, batches, raw_files
 from lum_ray.data.rows import HashIndex, Int64, Strings, hash_strings
-from lum_ray.data.schema import REJECTS, Rejected, check_user, item_column, mask, require, wrong_type
+from lum_ray.data.schema import (
+    REJECTS,
+    Rejected,
+    check_user,
+    first_rejects,
+    item_column,
+    mask,
+    plain_column,
+    readable,
+    require,
+    wrong_type,
+)
 
 BATCH_ROWS = 1 << 19
 SEPARATOR = ", "
@@ -100,7 +111,7 @@ def check_items(uri: str, data: Data) -> list[RawFile]:
 
 
 def read_items(uri: str, data: Data) -> tuple[Catalogue, pa.Table]:
-    """The catalogue of the items table at `uri`, and the rejects (file, row, reason).
+    """The catalogue of the items table at `uri`, and the rejects (REJECTS).
 
     Rejected: a null ID, an item without any text; an infinite number is taken as missing and noted. Raises UserError
     for what `check_items` refuses, an item that has two rows, more rejects than `data.max_reject_share`, no item that
@@ -130,20 +141,23 @@ def clean_items(
 ) -> tuple[pa.Table, pa.Table]:
     """Items as they are in a file -> the columns of `Catalogue.to_table` without `hash`, and the rejects."""
     rejected, noted = (Rejected(file, first_row, table.num_rows) for _ in range(2))
-    ids = _words(table[items.item])
-    parts = [pc.fill_null(pc.utf8_trim_whitespace(_words(table[name])), "") for name in items.text]
+    names = (items.item, *items.text, *items.categories)
+    texts = {name: pc.cast(plain_column(table, name, file), pa.string()) for name in names}
+    words = {name: readable(text, rejected, name) for name, text in texts.items()}
+    ids = words[items.item]
+    parts = [pc.fill_null(pc.utf8_trim_whitespace(words[name]), "") for name in items.text]
     # not `binary_join_element_wise` with its null_handling="skip": it loses rows in which all are null (pyarrow 26)
     led = [pc.if_else(pc.equal(part, ""), "", pc.binary_join_element_wise(SEPARATOR, part, "")) for part in parts]
     text = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*led, ""), len(SEPARATOR))
     rejected.add(mask(pc.is_null(ids)), f"`{items.item}` is null")
-    rejected.add(mask(pc.equal(text, "")), f"{{}} has no text: {', '.join(items.text)}", ids)
+    rejected.add(mask(pc.equal(text, "")), f"has no text: {', '.join(items.text)}", ids)
     columns = {"item": ids, "text": text}
     for name in items.numbers:
-        number = pc.cast(plain(table[name]), pa.float64(), safe=False)
-        noted.add(mask(pc.is_inf(number)) & ~rejected.bad, f"`{name}` is {{}}, taken as missing", number)
+        number = pc.cast(plain_column(table, name, file), pa.float64(), safe=False)
+        noted.add(mask(pc.is_inf(number)) & ~rejected.bad, f"`{name}` is infinite, taken as missing", number)
         columns[f"number.{name}"] = pc.if_else(pc.is_finite(number), number, pa.scalar(None, pa.float64()))
     for name in items.categories:
-        columns[f"category.{name}"] = _words(table[name])
+        columns[f"category.{name}"] = words[name]
     bad = pa.concat_tables([rejected.table(), noted.table()]).sort_by("row")
     return pa.table(columns).filter(pa.array(~rejected.bad)), bad
 
@@ -223,7 +237,7 @@ def _check_hashes(uri: str, ids: list[str], hashes: Int64) -> None:
 
 
 def _too_many(data: Data, rejects: pa.Table, rows: int, left: int) -> UserError:
-    lines = [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in rejects.slice(0, 5).to_pylist()]
+    lines = first_rejects(rejects)
     more = [f"  ... and {rejects.num_rows - 5} more"] if rejects.num_rows > 5 else []
     head = (
         f"items: {rejects.num_rows} of {rows} rows break the schema, more than data.max_reject_share = "

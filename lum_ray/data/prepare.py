@@ -34,10 +34,11 @@ from lum_ray.artifacts import Artifact, UserError, join, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data import buckets
 from lum_ray.data.context import canonical_calendar, check_profiles, has_dates, repeated_users_error
+from lum_ray.data.forgotten import forgotten_users, without, without_theirs
 from lum_ray.data.increments import Base, as_fingerprinted, find_base
 from lum_ray.data.raw import RawFile, RawTables, raw_files
 from lum_ray.data.reader import Timelines
-from lum_ray.data.schema import REJECTS, check_events
+from lum_ray.data.schema import REJECTS, check_events, first_rejects
 from lum_ray.data.tasks import Job, Task, Tokenizer, map_tasks, merge_tasks, run_task
 
 __all__ = ["Engine", "Progress", "Tokenizer", "prepare_calendar", "prepare_timelines", "silent"]
@@ -72,14 +73,16 @@ def prepare_timelines(
     lineage: str | None = None,
     log: Callable[[str], None] = lambda text: None,
     events: Sequence[RawFile] | None = None,
+    root: str | None = None,
 ) -> Artifact:
     """Build the timelines artifact at `uri` (its last part is the digest), or return it where it is committed already.
 
     `fingerprint` (of the inputs) is kept in the manifest; with `lineage` it says by table what was read, and the
     artifact continues the nearest one of its lineage beside it (see `increments`), whose `log2_buckets` it inherits.
     `log` hears which, or why there is none. `events` are the event files where they are checked already, `block_rows`
-    is about what a map task reads (at least a row group). Profiles are prepared where `data.profiles` is set. Raises
-    UserError for tables that cannot be read, break the schema, or hold more than `max_reject_share` bad rows.
+    is about what a map task reads (at least a row group). Profiles are prepared where `data.profiles` is set. The users
+    who are forgotten under `root` are left out. Raises UserError for tables that cannot be read, break the schema, or
+    hold more than `max_reject_share` bad rows.
 
     A tokenizer that keeps events one by one makes the same layout with a row an event, of the kind `sequences`: its
     days may come again within a user, `active_days` counts the events kept, and the behaviours of `data` are not read.
@@ -92,8 +95,9 @@ def prepare_timelines(
         data = replace(data, behaviours=(), derived=(), horizons=())
     try:
         return _build(
-            data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows, lineage, log, events
-        )
+            data, tables, uri, tokenizer, engine, fingerprint, progress, log2_buckets, block_rows, lineage, log,
+            events, root,
+        )  # fmt: skip
     except FileNotFoundError as error:
         # another driver built the same artifact and removed `_work/` under us: its result is ours
         found = artifacts.find(uri)
@@ -135,6 +139,7 @@ def _build(
     lineage: str | None,
     log: Callable[[str], None],
     events: Sequence[RawFile] | None,
+    root: str | None,
 ) -> Artifact:
     events = check_events(tables.events, data) if events is None else events
     profiles: Sequence[RawFile] = []
@@ -162,8 +167,9 @@ def _build(
     sizes = [file.bytes for file in (*events, *profiles)]
     shape = [log2_buckets, files, tokenizer.version, *([base.digest] if base else [])]
     # results of an interrupted attempt are taken up only if it had the same files and cut the work in the same way
-    work = join(uri, "_work", artifacts.digest(maps, sizes, fingerprint, shape))
-    job = Job(data, tokenizer, uri, work, log2_buckets, files, base.since if base else None)
+    forgotten = forgotten_users(root) if root else ()
+    work = join(uri, "_work", artifacts.digest(maps, sizes, fingerprint, shape, forgotten))
+    job = Job(data, tokenizer, uri, work, log2_buckets, files, base.since if base else None, forgotten)
     run = _engine(engine)
 
     mapped = _run_all(run, job, maps, "read", progress)
@@ -189,6 +195,9 @@ def _build(
         raise repeated_users_error(tables.profiles or "", twice)
     rejected = _check_rejects(job, mapped + merged, {"events": event_rows, "profiles": profile_rows})
 
+    forgotten_rows = {
+        table: sum(result["forgotten"] for result in mapped if result["table"] == table) for table in rejected
+    }
     made = [result for result in merged if result["table"] == "events"]
     if base is not None:
         # it may have been compacted meanwhile: its rows are the same, its files are not
@@ -209,7 +218,7 @@ def _build(
         "behaviours": [*stored, *({"name": name, "kind": "event", "resolution": 1} for name in tokenizer.columns)],
         "first_day": first_day,
         "end_day": end_day,
-        **_counts(base, made, {"events": event_rows, "profiles": profile_rows}, rejected),
+        **_counts(base, made, {"events": event_rows, "profiles": profile_rows}, rejected, forgotten_rows),
     }
     if base is not None and base.same_profiles and earlier["profiles"] is not None:
         manifest["profiles_of"] = earlier.get("profiles_of", base.digest)
@@ -224,17 +233,26 @@ def _build(
                 "active_days": sum(result["state_days"] for result in made),
             },
         }
+    if root and forgotten_users(root) != forgotten:
+        raise UserError(f"{uri}: users were forgotten while this was prepared; start it again, to leave them out")
     artifact = artifacts.commit(uri, manifest)
     _clean(uri)
     return artifact
 
 
 def prepare_calendar(
-    data: Data, tables: RawTables, uri: str, first_day: int, end_day: int, fingerprint: Any = None
+    data: Data,
+    tables: RawTables,
+    uri: str,
+    first_day: int,
+    end_day: int,
+    fingerprint: Any = None,
+    root: str | None = None,
 ) -> Artifact:
     """Build the calendar artifact at `uri`: the rows as they came, and public holidays of [first_day, end_day + 366).
 
     One file, `0000.parquet`, with the columns of `context.CALENDAR`, sorted; no rows where the run has no calendar.
+    Rows of users who are forgotten under `root` are left out.
     Raises UserError as `canonical_calendar`, and for holidays where the events have day numbers instead of dates.
     """
     found = artifacts.find(uri)
@@ -252,6 +270,8 @@ def prepare_calendar(
         )
     rows, rejects = canonical_calendar(data, tables.calendar if wanted else None, first_day, end_day)
     total = rejects.num_rows + rows.num_rows
+    forgotten = forgotten_users(root) if root else ()
+    rows, rejects = without_theirs(rows, forgotten), without(rejects, forgotten)
     if rejects.num_rows:
         artifacts.write_table(join(uri, "rejects", "0000.parquet"), rejects)
         if rejects.num_rows > data.max_reject_share * total:
@@ -265,6 +285,7 @@ def prepare_calendar(
         "event_types": sorted(pc.unique(rows["event_type"]).to_pylist()),
         "rows_in": total,
         "rows_rejected": rejects.num_rows,
+        "rows_forgotten": total - rejects.num_rows - rows.num_rows,
     }
     return artifacts.commit(uri, manifest)
 
@@ -290,11 +311,16 @@ def _base(
 
 
 def _counts(
-    base: Base | None, made: Sequence[Task], rows: Mapping[str, int], rejected: Mapping[str, int]
+    base: Base | None,
+    made: Sequence[Task],
+    rows: Mapping[str, int],
+    rejected: Mapping[str, int],
+    forgotten: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What the manifest counts, over the base's parts and the new one; `read`: by table, rows and rejects."""
+    """What the manifest counts, over the base's parts and the new one; `read`: by table, rows, rejects and rows of
+    forgotten users."""
     users, active_days, size = (sum(result[key] for result in made) for key in ("rows", "active_days", "bytes"))
-    read = {table: [count, rejected[table]] for table, count in rows.items()}
+    read = {table: [count, rejected[table], forgotten[table]] for table, count in rows.items()}
     counts: dict[str, Any] = {}
     if base is not None:
         earlier = base.manifest
@@ -311,11 +337,12 @@ def _counts(
     return counts | {
         "users": users,
         "active_days": active_days,
-        "events": read["events"][0] - read["events"][1],
-        "rows_in": sum(count for count, _ in read.values()),
-        "rows_rejected": sum(count for _, count in read.values()),
+        "events": read["events"][0] - read["events"][1] - read["events"][2],
+        "rows_in": sum(each[0] for each in read.values()),
+        "rows_rejected": sum(each[1] for each in read.values()),
+        "rows_forgotten": sum(each[2] for each in read.values()),
         "bytes": size,
-        "bytes_per_active_day": round(size / active_days, 3),
+        "bytes_per_active_day": round(size / max(1, active_days), 3),
         "read": read,
     }
 
@@ -395,7 +422,7 @@ def _check_rejects(job: Job, results: Sequence[Task], rows_in: dict[str, int]) -
 
 
 def _too_many(data: Data, table: str, count: int, total: int, rejects: pa.Table, uri: str) -> UserError:
-    lines = [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in rejects.slice(0, 5).to_pylist()]
+    lines = first_rejects(rejects)
     more = (
         [f"  ... and {count - len(lines)} more, in {join(uri, 'rejects', '0000.parquet')}"]
         if count > len(lines)

@@ -15,6 +15,9 @@ import pyarrow.parquet as pq
 from lum_ray.artifacts import UserError, list_files, reach, storage
 from lum_ray.data import delta
 
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises for a damaged file."""
+
 
 @dataclass(frozen=True)
 class RawTables:
@@ -143,11 +146,13 @@ def _open_parquet(uri: str, missing: str | None, dictionary: Sequence[str]) -> p
     place = storage(uri)
     try:
         stream = place.filesystem.open_input_file(place.path)
-        return pq.ParquetFile(stream, pre_buffer=not place.is_local, read_dictionary=list(dictionary))
+        file = pq.ParquetFile(stream, pre_buffer=not place.is_local, read_dictionary=list(dictionary))
+        file.schema_arrow.names  # noqa: B018 (a damaged footer shows here: names that are no UTF-8, unknown types)
+        return file
     except FileNotFoundError:
         hint = missing or "was it moved while the job ran?"
         raise UserError(f"{uri}: expected a parquet file, found nothing; {hint}") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise unreadable(uri, error) from None
 
 
@@ -196,7 +201,7 @@ def batches(
             else:
                 yield table, row
             row += rows
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise unreadable(uri, error) from None
 
 

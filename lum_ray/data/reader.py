@@ -210,8 +210,9 @@ class Timelines:
                 return file.read_row_group(group.index, columns=names).select(names), size
         except FileNotFoundError as error:
             raise UserError(
-                f"{group.uri}: the manifest of {self.uri} names this file, but it is not there; restore it, or "
-                "remove the artifact's folder and prepare again"
+                f"{group.uri}: the manifest of {self.uri} names this file, but it is not there; start again "
+                "(`forget` may have rewritten it meanwhile), restore it, or remove the artifact's folder and prepare "
+                "again"
             ) from error
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from lum_ray import config as runs
 from lum_ray.artifacts import UserError
+from lum_ray.data.windows import KNOWN_AT
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class RequestFields:
         columns["registered"] = pa.array([registered], pa.int32())
         columns["ends"] = pa.array([None], pa.int32())
         columns["segment"] = pa.array([text_of(segment)], pa.string())
+        if profiles.known_at:
+            columns[KNOWN_AT] = pa.array([None], pa.int32())
         for name in sorted(known):
             value = given.get(name)
             try:

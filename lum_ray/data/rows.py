@@ -162,8 +162,9 @@ def hash_strings(texts: Sequence[str] | Strings | pa.Array) -> UInt64:
     words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))
     state = mix(lengths)
     # a text's hash must not depend on its neighbours: bytes past its own end are zero, words past it are left out
+    inside = np.arange(len(lengths))
     for at in range(0, int(lengths.max()), 8):
-        inside = np.flatnonzero(lengths > at)
+        inside = inside[lengths[inside] > at]
         over = 8 * np.maximum(at + 8 - lengths[inside], 0).astype(np.uint64)
         word = words[begin[inside] + at] & (np.uint64(2**64 - 1) >> over)
         state[inside] = mix(state[inside], word)

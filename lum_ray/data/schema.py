@@ -2,8 +2,9 @@
 
 Checks come in two kinds. What is wrong with a file (not parquet, cut off, a missing or mistyped column, no rows) stops
 everything with a UserError before anything starts. What is wrong with a row sends the row to the rejects, a table of
-(file, row, reason): `file` is `<table>/<path below the table's folder>`, so that it does not depend on the machine,
-`row` counts from 0 in the file.
+(file, row, reason, value, user): `file` is `<table>/<path below the table's folder>`, so that it does not depend on the
+machine, `row` counts from 0 in the file. `reason` names columns and holds no data, since logs show it; the value that
+it is about, and whose row it was, are columns of their own for whoever mends the rows.
 
 Choices: a timestamp without a zone is refused unless the run's time zone is UTC (then it is read as UTC; see `times`).
 Integer users and items are read as their decimal digits.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import zoneinfo
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from lum_ray.config import Data, day_number
 from lum_ray.data.delta import DeltaTable
 from lum_ray.data.expressions import parse, plain, to_units
 from lum_ray.data.raw import NOTHING, Overlay, RawFile, RowNumbers, batches, delta_files, empty_batch, raw_files
-from lum_ray.data.times import to_day, to_instant
+from lum_ray.data.times import RANGE, to_day, to_instant
 
 Bool = npt.NDArray[np.bool_]
-REJECTS = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
+REJECTS = pa.schema(
+    [("file", pa.string()), ("row", pa.int64()), *((name, pa.string()) for name in ("reason", "value", "user"))]
+)
 RESERVED = ("bucket", "user", "user_hash", "days", "day")
 """Columns of the timelines, which no behaviour may be named after."""
 PROVENANCE = ("@id", "@file", "@row")
@@ -87,8 +90,12 @@ def check_events(
             require(file, {"data.events.item": name})
             check_user(file, name)
         for item in data.behaviours:
+            aggregate = parse(item.aggregate)
+            require(
+                file, {f"data.behaviours.{item.name}": name for name in aggregate.columns if name in file.schema.names}
+            )
             try:
-                parse(item.aggregate).check(file.schema)
+                aggregate.check(file.schema)
             except UserError as error:
                 raise UserError(f"data.behaviours.{item.name}: {error}; in {file.uri}") from None
     return files
@@ -132,6 +139,10 @@ def require(file: RawFile, columns: dict[str, str]) -> None:
     """Raise UserError unless the file has the `columns` (run file path -> column)."""
     there = file.schema.names
     for path, name in columns.items():
+        if there.count(name) > 1:
+            raise UserError(
+                f"{file.uri}: column `{name}` ({path}) is there {there.count(name)} times; rename the others"
+            )
         if name not in there:
             close = difflib.get_close_matches(name, there, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"it has: {', '.join(there[:20])}"
@@ -173,9 +184,10 @@ class Rejected:
         self.bad = np.zeros(rows, np.bool_)
         self._rows: list[npt.NDArray[np.int64]] = []
         self._reasons: list[pa.Array] = []
+        self._values: list[pa.Array] = []
 
     def add(self, wrong: Bool, reason: str, values: pa.ChunkedArray | None = None) -> None:
-        """Reject the rows of the mask `wrong` (N,) that are not rejected yet; `{}` in `reason` is a row's value."""
+        """Reject the rows of the mask `wrong` (N,) that are not rejected yet; `values` (N,) are what is wrong."""
         rows = np.flatnonzero(wrong & ~self.bad)
         if len(rows) == 0:
             return
@@ -185,22 +197,52 @@ class Rejected:
             [None] * len(rows) if values is None else pc.cast(pc.take(values, pa.array(rows)), pa.string()).to_pylist()
         )
         self._rows.append(rows)
-        self._reasons.append(pa.array([reason.format(value) for value in shown], pa.string()))
+        self._reasons.append(pa.repeat(pa.scalar(reason), len(rows)))
+        self._values.append(pa.array(shown, pa.string()))
 
-    def table(self) -> pa.Table:
-        """The rejects so far, by row."""
+    def table(self, users: pa.ChunkedArray | None = None) -> pa.Table:
+        """The rejects so far, by row; `users` (N,) are those of all rows of the block."""
         if not self._rows:
             return REJECTS.empty_table()
         rows = np.concatenate(self._rows)
         order = np.argsort(rows)
-        reasons = pa.concat_arrays(self._reasons).take(pa.array(order))
+        reasons, values = (pa.concat_arrays(parts).take(pa.array(order)) for parts in (self._reasons, self._values))
         file = pa.repeat(pa.scalar(self.file), len(rows))
-        return pa.table([file, pa.array(self.numbers[rows[order]], pa.int64()), reasons], schema=REJECTS)
+        whose = pa.nulls(len(rows), pa.string()) if users is None else users.take(pa.array(rows[order]))
+        row = pa.array(self.numbers[rows[order]], pa.int64())
+        return pa.table([file, row, reasons, values, pc.cast(whose, pa.string())], schema=REJECTS)
 
 
 def row_numbers(rows_of: RowNumbers, count: int) -> npt.NDArray[np.int64]:
     """The row in its file of each of `count` rows."""
     return np.arange(rows_of, rows_of + count) if isinstance(rows_of, int) else rows_of
+
+
+def first_rejects(rejects: pa.Table) -> list[str]:
+    """The first five as lines for a message: where and why, without data."""
+    return [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in rejects.slice(0, 5).to_pylist()]
+
+
+def with_value(reject: Mapping[str, Any]) -> str:
+    """A reject's reason and its value: for the one who sent it in a request, never for a log."""
+    return str(reject["reason"]) + (f", got {reject['value']}" if reject["value"] is not None else "")
+
+
+def readable(column: pa.ChunkedArray, rejected: Rejected, name: str) -> pa.ChunkedArray:
+    """A column with null for texts that are no UTF-8, whose rows are rejected: parquet promises it, nobody checks."""
+    coded = pa.types.is_dictionary(column.type)
+    if not pa.types.is_string(_decoded(column.type)):
+        return column
+    try:
+        column.validate(full=True)
+        return column
+    except pa.ArrowInvalid:
+        column = pc.cast(column, pa.string()) if coded else column
+        texts = pc.cast(column, pa.binary()).to_pylist()
+    wrong = np.array([text is not None and text != text.decode(errors="ignore").encode() for text in texts], np.bool_)
+    rejected.add(wrong, f"`{name}` is not UTF-8")
+    mended = pc.if_else(pa.array(wrong), pa.scalar(None, pa.string()), column)
+    return mended.dictionary_encode() if coded else mended
 
 
 def mask(values: Any) -> Bool:
@@ -213,7 +255,7 @@ def mask(values: Any) -> Bool:
 def clean_events(
     table: pa.Table, data: Data, file: str = "events", first_row: RowNumbers = 0, since: int | None = None
 ) -> tuple[pa.Table, pa.Table]:
-    """Events (N rows, as they are in a file or a request) for the tokenizer, and the rejects (file, row, reason).
+    """Events (N rows, as they are in a file or a request) for the tokenizer, and the rejects (REJECTS).
 
     Returns (user string, day int32, the columns that the behaviours use; without behaviours but with `events.item`:
     item string, time_us and offset_min, see `to_instant`; with `events.id` also PROVENANCE, see `drop_repeats`).
@@ -228,30 +270,35 @@ def clean_events(
     check_user(require_in, data.events.user)
     check_time(require_in, data.events.time, data.time_zone)
     rejected = Rejected(file, first_row, table.num_rows)
-    user, time = _text(_plain(table, data.events.user, file)), table[data.events.time]
+    user = readable(_text(plain_column(table, data.events.user, file)), rejected, data.events.user)
+    time = table[data.events.time]
     day = to_day(time, data.time_zone)
     rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
     rejected.add(mask(pc.is_null(time)), f"`{data.events.time}` is null")
-    rejected.add(mask(pc.is_null(day)), f"`{data.events.time}` is {{}}, which is not a day within 32 bits", time)
+    rejected.add(mask(pc.is_null(day)), f"`{data.events.time}` is out of {RANGE}", time)
     if data.start is not None:
-        rejected.add(mask(pc.less(day, day_number(data.start))), f"{{}} is before data.start, {data.start}", time)
+        rejected.add(
+            mask(pc.less(day, day_number(data.start))), f"`{data.events.time}` is before data.start, {data.start}", time
+        )
     if data.end is not None:
         rejected.add(
-            mask(pc.greater_equal(day, day_number(data.end))), f"{{}} is not before data.end, {data.end}", time
+            mask(pc.greater_equal(day, day_number(data.end))),
+            f"`{data.events.time}` is not before data.end, {data.end}",
+            time,
         )
 
     if since is not None:
         older = pa.chunked_array([pc.subtract(since + data.late_days, pc.cast(day, pa.int64()))])
-        limit = f"more than data.late_days = {data.late_days}"
-        rejected.add(mask(pc.less(day, since)), f"comes {{}} days before the end of what was known, {limit}", older)
+        late = f"comes more than data.late_days = {data.late_days} days before the end of what was known"
+        rejected.add(mask(pc.less(day, since)), late, older)
 
     used: dict[str, pa.ChunkedArray] = {}
     aggregates = [(item, parse(item.aggregate)) for item in data.behaviours]
     for name in sorted({column for _, aggregate in aggregates for column in aggregate.columns}):
         require(require_in, {"data.behaviours": name})
-        used[name] = _plain(table, name, file)
+        used[name] = readable(plain_column(table, name, file), rejected, name)
         if pa.types.is_floating(used[name].type):
-            rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is {{}}", used[name])
+            rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is not a finite number", used[name])
     events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
     measured: set[tuple[str | None, float]] = set()
     for item, aggregate in aggregates:
@@ -261,30 +308,25 @@ def clean_events(
             measured.add((aggregate.expression, item.resolution))
             value = aggregate.evaluate(events)
             units = to_units(value, item.resolution)
-            rejected.add(units.infinite, f"{item.name}: {aggregate} is {{}}", value)
-            rejected.add(
-                units.finer, f"{item.name}: {aggregate} is {{}}, finer than the resolution {item.resolution}", value
-            )
-            rejected.add(
-                units.large, f"{item.name}: {aggregate} is {{}}, more than 2^48 times {item.resolution}", value
-            )
+            rejected.add(units.infinite, f"{item.name}: {aggregate} is not finite", value)
+            rejected.add(units.finer, f"{item.name}: {aggregate} is finer than the resolution {item.resolution}", value)
+            rejected.add(units.large, f"{item.name}: {aggregate} is more than 2^48 times {item.resolution}", value)
     if (items := item_column(data)) is not None:
         require(require_in, {"data.events.item": items})
         check_user(require_in, items)
-        own = pc.cast(_plain(table, items, file), pa.string())
+        own = readable(pc.cast(plain_column(table, items, file), pa.string()), rejected, items)
         time_us, offset_min = to_instant(time, data.time_zone)
         rejected.add(mask(pc.is_null(own)), f"`{items}` is null")
-        rejected.add(mask(pc.is_null(time_us)), f"`{data.events.time}` is {{}}, too far for microseconds", time)
         for name, column in (("item", own), ("time_us", time_us), ("offset_min", offset_min)):
             events = events.append_column(name, column)
     if data.events.id is not None:
         require(require_in, {"data.events.id": data.events.id})
-        identity = pc.cast(_plain(table, data.events.id, file), pa.string())
+        identity = readable(pc.cast(plain_column(table, data.events.id, file), pa.string()), rejected, data.events.id)
         rejected.add(mask(pc.is_null(identity)), f"`{data.events.id}` is null")
         rows = pa.array(row_numbers(first_row, table.num_rows))
         for name, column in zip(PROVENANCE, (identity, pa.repeat(pa.scalar(file), table.num_rows), rows), strict=True):
             events = events.append_column(name, column)
-    return (events.filter(pa.array(~rejected.bad)) if rejected.bad.any() else events), rejected.table()
+    return (events.filter(pa.array(~rejected.bad)) if rejected.bad.any() else events), rejected.table(user)
 
 
 def read_events(
@@ -332,16 +374,17 @@ def drop_repeats(events: pa.Table) -> tuple[pa.Table, pa.Table]:
         user, identity = (events[name].combine_chunks() for name in keys[:2])
         again[1:] = mask(pc.and_(pc.equal(user[1:], user[:-1]), pc.equal(identity[1:], identity[:-1])))
     bad = events.filter(pa.array(again))
-    reason = pc.binary_join_element_wise("repeats the id ", bad["@id"], " of user ", bad["user"], "")
-    rejects = pa.table([bad["@file"], bad["@row"], reason], schema=REJECTS)
+    reason = pa.repeat(pa.scalar("repeats an id of its user"), bad.num_rows)
+    rejects = pa.table([bad["@file"], bad["@row"], reason, bad["@id"], bad["user"]], schema=REJECTS)
     return events.filter(pa.array(~again)), rejects
 
 
-def _plain(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
+def plain_column(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
+    """The column as `expressions.plain` gives it. Raises UserError for whole numbers that do not fit in 64 bits."""
     try:
         return plain(table[name])
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits: {error}; cast it") from None
+    except pa.ArrowInvalid:  # its message holds the value
+        raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits; cast it") from None
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:

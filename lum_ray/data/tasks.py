@@ -20,6 +20,7 @@ from lum_ray.artifacts import UserError, join, storage
 from lum_ray.config import Data
 from lum_ray.data import buckets
 from lum_ray.data.context import clean_profiles, repeated_users
+from lum_ray.data.forgotten import without
 from lum_ray.data.raw import RawFile, batches, from_json, to_json
 from lum_ray.data.schema import PROVENANCE, REJECTS, drop_repeats, read_events
 
@@ -56,6 +57,7 @@ class Job:
     log2_buckets: int
     files: int
     since: int | None = None
+    forgotten: tuple[int, ...] = ()
 
 
 def map_tasks(table: str, files: Sequence[RawFile], block_rows: int) -> list[Task]:
@@ -136,32 +138,32 @@ def run_task(job: Job, task: Task) -> Task:
 
 def _map(job: Job, task: Task) -> tuple[Task, pa.Table]:
     cleaned, rejects = [], []
+    made: Task = {"days": [], "forgotten": 0}
+
+    def each(events: pa.Table) -> pa.Table:
+        if events.num_rows:  # forgotten users too: see `forgotten`
+            made["days"] += pc.min_max(events["day"]).as_py().values()
+        return _aggregated(job, kept(events))
+
+    def kept(table: pa.Table) -> pa.Table:
+        left = without(table, job.forgotten)
+        made["forgotten"] += table.num_rows - left.num_rows
+        return left
+
     for uri, name, groups, first_row, plain in task["pieces"]:
         overlay = from_json(plain)
         if task["table"] == "events":
             tables, bad = read_events(
-                uri,
-                job.data,
-                name,
-                groups,
-                first_row,
-                each=lambda events: _aggregated(job, events),
-                overlay=overlay,
-                since=job.since,
+                uri, job.data, name, groups, first_row, each=each, overlay=overlay, since=job.since
             )
             cleaned += tables
-            rejects.append(bad)
+            rejects.append(kept(bad))
         else:
             for batch, row in batches(uri, _profile_columns(job.data), groups, first_row, buckets.FILE_ROWS, overlay):
                 table, bad = clean_profiles(batch, job.data, name, row)
-                cleaned.append(table)
-                rejects.append(bad)
+                cleaned.append(kept(table))
+                rejects.append(without(bad, job.forgotten))
     buckets.scatter(join(job.work, f"{task['name']}.arrow"), cleaned, job.log2_buckets, job.files)
-    made: Task = {}
-    if task["table"] == "events":
-        bounds = [pc.min_max(table["day"]).as_py() for table in cleaned if table.num_rows]
-        if bounds:
-            made["days"] = [min(found["min"] for found in bounds), max(found["max"] for found in bounds)]
     return made, pa.concat_tables(rejects)
 
 
@@ -177,7 +179,8 @@ def _aggregated(job: Job, events: pa.Table) -> pa.Table:
 def _profile_columns(data: Data) -> list[str]:
     profiles = data.profiles
     assert profiles is not None
-    days = [name for name in (profiles.registered, profiles.ends, profiles.segment) if name is not None]
+    roles = (profiles.registered, profiles.ends, profiles.segment, profiles.known_at)
+    days = [name for name in roles if name is not None]
     return list(dict.fromkeys([profiles.user, *days, *profiles.numbers, *profiles.categories, *profiles.splits]))
 
 

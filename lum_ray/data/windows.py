@@ -19,11 +19,32 @@ Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 UNKNOWN_AHEAD = np.iinfo(np.int32).min
 """`known_at` of a calendar row that was always known."""
+KNOWN_AT = "known_at"
+"""The column of `Rows.profile` with the day on which the others became known, NaN: always. Not a number of a user."""
 
 
 def visible(known_at: npt.ArrayLike, cut: npt.ArrayLike) -> Bool:
     """Whether what became known on day `known_at` may be used for a prediction at `cut`: strictly before it."""
     return np.asarray(np.less(known_at, cut))
+
+
+def profile_at(rows: Rows, row: npt.NDArray[np.integer], cut: npt.ArrayLike) -> dict[str, npt.NDArray[np.generic]]:
+    """The profiles' columns of samples (rows `row` (S,) at cuts (S,) or one), missing where not known at the cut."""
+    columns = {name: column[row] for name, column in rows.profile.items() if name != KNOWN_AT}
+    if KNOWN_AT in rows.profile:
+        known_at = np.nan_to_num(rows.profile[KNOWN_AT][row].astype(np.float64), nan=UNKNOWN_AHEAD)
+        hidden = ~visible(known_at, cut)
+        for column in columns.values():
+            column[hidden] = np.nan if np.issubdtype(column.dtype, np.number) else None
+    return columns
+
+
+def came_before(rows: Rows, day: int) -> Int64:
+    """The rows (M,) of the users with an event before `day`: that others come later is not known by then."""
+    there = np.diff(rows.offsets) > 0
+    first = np.full(len(rows), day, np.int64)
+    first[there] = rows.days[rows.offsets[:-1][there]]
+    return np.flatnonzero(visible(first, day)).astype(np.int64)
 
 
 def history(rows: Rows, samples: Samples, history_days: int) -> tuple[Int64, Int64, Int64]:

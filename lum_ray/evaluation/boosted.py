@@ -86,7 +86,7 @@ class _Book:
         focus = column if gate is None else gate
         if not self._general:
             sheet = features.general(cuts.rows, cuts.samples, setting.names, gates)
-            self._general.append(sheet.beside(features.profile(cuts.rows, cuts.samples.row, self.vocabulary)))
+            self._general.append(sheet.beside(features.profile(cuts.rows, cuts.samples, self.vocabulary)))
         if focus not in self._focus:
             self._focus[focus] = features.focus(cuts.rows, cuts.samples, ahead, focus, setting.names[focus])
         coming = features.coming(ahead, cuts.samples.cut.astype(np.int64), first, days)

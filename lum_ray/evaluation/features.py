@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.windows import history
+from lum_ray.data.windows import KNOWN_AT, history, profile_at
 from lum_ray.evaluation.metrics import Floats, Ints
 
 Float32 = NDArray[np.float32]
@@ -139,20 +139,21 @@ def vocabulary(rows: Rows) -> dict[str, tuple[str, ...]]:
         if np.issubdtype(column.dtype, np.number)
         else tuple(sorted({str(value) for value in column if value is not None}))
         for name, column in rows.profile.items()
+        if name != KNOWN_AT
     }
 
 
-def profile(rows: Rows, row: Ints, known: Mapping[str, tuple[str, ...]]) -> Sheet:
+def profile(rows: Rows, samples: Samples, known: Mapping[str, tuple[str, ...]]) -> Sheet:
     """The profile's columns that are `known` (see `vocabulary`): numbers with NaN where missing, categories as places
     in their vocabulary, -1 where missing or unknown."""
-    columns = []
+    columns, profiles = [], profile_at(rows, samples.row, samples.cut)
     for name, values in known.items():
-        found = rows.profile[name]
+        found = profiles[name]
         if not np.issubdtype(found.dtype, np.number):
             place = {value: index for index, value in enumerate(values)}
             found = np.array([-1 if value is None else place.get(str(value), -1) for value in found], np.float32)
-        columns.append(found[row].astype(np.float32))
-    table = np.stack(columns, axis=1) if columns else np.zeros((len(row), 0), np.float32)
+        columns.append(found.astype(np.float32))
+    table = np.stack(columns, axis=1) if columns else np.zeros((len(samples), 0), np.float32)
     return Sheet(tuple(known), table, tuple(name for name, values in known.items() if values))
 
 

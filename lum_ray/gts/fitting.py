@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lum_ray.artifacts import UserError
 from lum_ray.data.rows import Int64, Rows
-from lum_ray.data.windows import visible
+from lum_ray.data.windows import profile_at, visible
 from lum_ray.gts.align_stage import vocabulary, word_table
 from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.encoders import node2vec
@@ -144,12 +144,13 @@ def fit_profiles(
     values: list[set[str]] = [set() for _ in categories]
     for rows in buckets:
         known = visible(rows.first_day, until_day)
+        profile = profile_at(rows, np.flatnonzero(known), until_day)
         for index, name in enumerate(numbers):
-            column = rows.profile[name][known].astype(np.float64)
+            column = profile[name].astype(np.float64)
             column = column[np.isfinite(column)]
             moments[index] += [len(column), column.sum(), (column**2).sum()]
         for index, name in enumerate(categories):
-            values[index].update(str(value) for value in rows.profile[name][known].tolist() if value is not None)
+            values[index].update(str(value) for value in profile[name].tolist() if value is not None)
     large = [f"{name} ({len(v)})" for name, v in zip(categories, values, strict=True) if len(v) > MAX_CATEGORIES]
     if large:
         raise UserError(

@@ -19,7 +19,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.data.reader import rows_from_tables
 from lum_ray.data.requests import RequestFields
 from lum_ray.data.rows import Int64, Rows, Samples, Strings
-from lum_ray.data.schema import clean_events
+from lum_ray.data.schema import clean_events, with_value
 from lum_ray.gts.sequences import COLUMNS, merge, tokenize
 
 FAR_FUTURE: Final = 2**31 - 1
@@ -158,7 +158,7 @@ class RequestReader(RequestFields):
             )
             events, rejects = clean_events(table, data, f"{where}.events")
             if rejects.num_rows:
-                some = [(places[row["row"]], row["reason"]) for row in rejects.to_pylist()[:5]]
+                some = [(places[row["row"]], with_value(row)) for row in rejects.to_pylist()[:5]]
                 raise UserError("; ".join(f"{where}.events[{j}].{names.time}: {reason}" for j, reason in some))
             parts.append(events.append_column("place", pa.array(places, pa.int64())))
         return pa.concat_tables(parts), times

@@ -115,7 +115,7 @@ class GtsStage:
         length = max(int(found["length_B"].max(initial=0)), 1)
         batch: Arrays = {name: value[:, :length] if name.endswith("_BL") else value for name, value in found.items()}
         batch["last_group_B"] = batch["group_BL"].max(axis=1, initial=-1)
-        batch["profile_BP"] = profile_rows(self.inputs, rows, samples.row)
+        batch["profile_BP"] = profile_rows(self.inputs, rows, samples.row, samples.cut)
         return batch
 
     def negatives(self, step: int) -> Int64:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lum_ray.data.rows import Int32, Int64, Rows, Strings, UInt64, expand, hash_strings, mix
-from lum_ray.data.windows import UNKNOWN_AHEAD, visible
+from lum_ray.data.windows import UNKNOWN_AHEAD, profile_at, visible
 
 Float32 = npt.NDArray[np.float32]
 SHUFFLE_SALT = 30_013
@@ -207,18 +207,20 @@ def as_of_days(cuts_BC: Int64, start: Int64, length: int) -> Int64:
 
 
 def profile_arrays(
-    rows: Rows, index: Int64, numbers: Sequence[str], categories: Sequence[tuple[str, tuple[str, ...]]]
+    rows: Rows, index: Int64, cut: Int64, numbers: Sequence[str], categories: Sequence[tuple[str, tuple[str, ...]]]
 ) -> tuple[Float32, Int64]:
-    """(numbers_BN float32 with NaN where missing, categories_BG int64 with 0 where missing or unknown)."""
+    """(numbers_BN float32 with NaN where missing, categories_BG int64 with 0 where missing or unknown) as known at the
+    windows' cuts (B,)."""
+    profile = profile_at(rows, index, cut)
     numbers_BN = np.full((len(index), len(numbers)), np.nan, np.float32)
     for column, name in enumerate(numbers):
-        if name in rows.profile:
-            numbers_BN[:, column] = rows.profile[name][index].astype(np.float64)
+        if name in profile:
+            numbers_BN[:, column] = profile[name].astype(np.float64)
     categories_BG = np.zeros((len(index), len(categories)), np.int64)
     for column, (name, values) in enumerate(categories):
-        if name in rows.profile:
+        if name in profile:
             known = {value: place for place, value in enumerate(values, start=1)}
-            found = rows.profile[name][index]
+            found = profile[name]
             raw, inverse = np.unique(found.astype(str), return_inverse=True)
             codes = np.array([known.get(str(value), 0) for value in raw], np.int64)[inverse]
             missing = np.array([value is None for value in found])  # a null must not be taken for a value "None"

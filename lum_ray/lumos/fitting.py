@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from lum_ray.artifacts import UserError
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.windows import UNKNOWN_AHEAD, DerivedTarget, HorizonTarget, targets, visible
+from lum_ray.data.windows import UNKNOWN_AHEAD, DerivedTarget, HorizonTarget, profile_at, targets, visible
 from lum_ray.lumos import losses
 from lum_ray.lumos.collate import EventLayout
 from lum_ray.lumos.config import BehaviourInput, CategoryInput, Inputs, LumosConfig, NumberInput
@@ -68,14 +68,13 @@ def fit_inputs(
             squares[column] += float((x**2).sum())
         known = visible(rows.first_day, until_day)
         user_days += int((until_day - rows.first_day[known].astype(np.int64)).sum())
+        profile = profile_at(rows, np.flatnonzero(known), until_day)
         for name in numbers:
-            column_N = rows.profile[name][known].astype(np.float64)
+            column_N = profile[name].astype(np.float64)
             column_N = column_N[np.isfinite(column_N)]
             moments[name] += [len(column_N), column_N.sum(), (column_N**2).sum()]
         for name in categories:
-            vocabulary[name].update(
-                str(value) for value in set(rows.profile[name][known].tolist()) if value is not None
-            )
+            vocabulary[name].update(str(value) for value in set(profile[name].tolist()) if value is not None)
     if not days:
         raise UserError(
             f"no event lies before day {until_day}, where training must end; check `split` against the days of the data"

@@ -18,7 +18,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.data.reader import rows_from_tables
 from lum_ray.data.requests import RequestFields
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.schema import clean_events
+from lum_ray.data.schema import clean_events, with_value
 from lum_ray.lumos.collate import Calendar, EventLayout
 from lum_ray.lumos.timelines import tokenize
 
@@ -150,7 +150,7 @@ class RequestReader(RequestFields):
         events, rejects = clean_events(pa.table(table), replace(data, start=None, end=None), f"{where}.events")
         if rejects.num_rows:
             first = rejects.to_pylist()[:5]
-            raise UserError("; ".join(f"{where}.events[{row['row']}]: {row['reason']}" for row in first))
+            raise UserError("; ".join(f"{where}.events[{row['row']}]: {with_value(row)}" for row in first))
         late = np.flatnonzero(events["day"].to_numpy() >= cut)
         if len(late):
             raise UserError(

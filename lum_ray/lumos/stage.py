@@ -96,6 +96,7 @@ class LumosStage:
         numbers_BN, categories_BG = profile_arrays(
             rows,
             row,
+            cuts_BC.min(axis=1),  # a window has one profile: what its earliest cut knows
             [item.name for item in self.inputs.numbers],
             [(item.name, item.values) for item in self.inputs.categories],
         )

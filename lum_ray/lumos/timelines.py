@@ -197,10 +197,9 @@ def _measured(value: pa.ChunkedArray, behaviour: Behaviour, aggregate: Aggregate
     units = to_units(value, behaviour.resolution)
     bad = units.infinite | units.finer | units.large
     if bad.any():
-        some = pc.take(value, pa.array(np.flatnonzero(bad)[:5])).to_pylist()
         raise ValueError(
-            f"{behaviour.name}: {aggregate}: expected finite multiples of {behaviour.resolution}, got {some} "
-            f"({bad.sum()} rows); round them or choose a finer resolution"
+            f"{behaviour.name}: {aggregate}: expected finite multiples of {behaviour.resolution}, {bad.sum()} "
+            "rows hold other numbers; round them or choose a finer resolution"
         )
     return units
 

@@ -7,11 +7,13 @@ models differ, the run's `model` says whose step it is: `steps/<verb>.py` are LU
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lum_ray.config import Run
 from lum_ray.data import compact as _compact
 from lum_ray.steps import evaluate as _evaluate
+from lum_ray.steps import forget as _forget
 from lum_ray.steps import gts_evaluate as _gts_evaluate
 from lum_ray.steps import gts_predict as _gts_predict
 from lum_ray.steps import gts_prepare as _gts_prepare
@@ -21,7 +23,7 @@ from lum_ray.steps import prepare as _prepare
 from lum_ray.steps import train as _train
 from lum_ray.steps.prepare import Log, pinned, prepare_timelines, silent
 
-__all__ = ["compact", "describe", "evaluate", "open_predictor", "predict", "prepare", "publish", "train"]
+__all__ = ["compact", "describe", "evaluate", "forget", "open_predictor", "predict", "prepare", "publish", "train"]
 
 
 def prepare(run: Run, log: Log = silent) -> Any:
@@ -64,6 +66,11 @@ def predict(run: Run, *args: Any, **keywords: Any) -> str:
 def publish(run: Run, log: Log = silent) -> str:
     """Write the snapshot of histories that a server looks users up in; see `steps.predict`."""
     return (_gts_predict.publish_gts if run.model == "gts" else _predict.publish)(pinned(run, log), log)
+
+
+def forget(run: Run, users: Sequence[str], log: Log = silent) -> _forget.Forgotten:
+    """Take users out of every file under the run's root, keep them out, and prove it; the same for both models."""
+    return _forget.forget(run, users, log)
 
 
 def open_predictor(run: Run, *args: Any, **keywords: Any) -> Any:

@@ -35,6 +35,7 @@ from lum_ray.data.items import Catalogue, read_items, unknown_items
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Int64, Rows
 from lum_ray.data.schema import check_events
+from lum_ray.data.windows import came_before
 from lum_ray.gts import sequences as tokenizer
 from lum_ray.gts.config import GtsConfig, GtsInputs
 from lum_ray.gts.encoders import attraction, embed_texts
@@ -172,11 +173,12 @@ def _sequences(run: Run, tables: Any, prints: Any, catalogue: Catalogue, log: Lo
 
 
 def _training_rows(run: Run, timelines: Timelines) -> Iterator[Rows]:
-    """The users of the train plan, bucket by bucket."""
+    """The users of the train plan who came before its end, bucket by bucket."""
     plan = cut_plan(run, "train", timelines.end_day)
     for bucket in np.flatnonzero(timelines.bucket_users).tolist():
         rows = timelines.read([bucket])
-        yield rows.take(np.flatnonzero(plan.users(rows)))
+        rows = rows.take(np.flatnonzero(plan.users(rows)))
+        yield rows.take(came_before(rows, fit_until(run, timelines.end_day)))
 
 
 def _tree(
@@ -280,6 +282,7 @@ def describe_gts(prepared: GtsPrepared) -> dict[str, Any]:
         "events": manifest["active_days"],
         "rows_in": manifest["rows_in"],
         "rows_rejected": manifest["rows_rejected"],
+        "rows_forgotten": manifest.get("rows_forgotten", 0),
         "bytes_per_event": round(manifest["bytes"] / max(1, manifest["active_days"]), 2),
         "items": prepared.items.manifest["items"],
         **{f"tree_{name}": value for name, value in prepared.fitted.manifest["quality"].items()},

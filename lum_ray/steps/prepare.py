@@ -33,7 +33,7 @@ from lum_ray.data.raw import RawFile, RawTables
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
 from lum_ray.data.schema import check_events
-from lum_ray.data.windows import CutPlan, DerivedTarget, HorizonTarget
+from lum_ray.data.windows import CutPlan, DerivedTarget, HorizonTarget, came_before
 from lum_ray.lumos import timelines as tokenizer
 from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.fitting import fit_inputs, with_starts
@@ -135,12 +135,18 @@ def raw_tables(run: Run, log: Log = silent) -> tuple[RawTables, Prints]:
     return tables, Prints(*(one if wanted else None for one, wanted in zip(print_of, read, strict=True)))
 
 
-def _written(run: Run, log: Log) -> tuple[str, str]:
-    """Where the run's adapter has written its raw tables, and the digest of what shaped them."""
+def source_uri(run: Run) -> tuple[str, str]:
+    """Where the run's adapter writes its raw tables, and the digest of what shapes them."""
     source = run.data.source
     assert source is not None
     name = digest("raw", VERSIONS[source.adapter], source, fingerprint(source.path) if source.path else None)
-    uri = join(run.root, "raw", f"{source.adapter}-{name}")
+    return join(run.root, "raw", f"{source.adapter}-{name}"), name
+
+
+def _written(run: Run, log: Log) -> tuple[str, str]:
+    """As `source_uri`, with the tables written if they are not there yet."""
+    source, (uri, name) = run.data.source, source_uri(run)
+    assert source is not None
     if find(uri) is None:
         log(f"writing raw tables of {source.adapter}")
         manifest = {"kind": "raw", "digest": name, "source": asdict(source)}
@@ -178,7 +184,7 @@ def prepare(run: Run, log: Log = silent) -> Prepared:
     holidays = data.calendar.holidays if data.calendar else None
     name = digest("calendar", holidays, data.time_zone, prints.calendar, first_day, end_day)
     calendar = data_prepare.prepare_calendar(
-        data, tables, join(run.root, "calendar", name), first_day, end_day, prints.calendar
+        data, tables, join(run.root, "calendar", name), first_day, end_day, prints.calendar, run.root
     )
     until = fit_until(run, end_day)
     rhythm = [section.weekday, section.season, section.continuous, section.future_days]
@@ -238,8 +244,9 @@ def find_or_build(
             start_ray()
     lineage = digest("lineage", kind, made_by.version, shape, profiles, data.late_days)
     return data_prepare.prepare_timelines(
-        data, tables, uri, made_by, data.engine, asdict(prints), lineage=lineage, log=log, events=files
-    )
+        data, tables, uri, made_by, data.engine, asdict(prints), lineage=lineage, log=log, events=files,
+        root=run.root,
+    )  # fmt: skip
 
 
 def columns_of(table: Any) -> dict[str, Any]:
@@ -258,8 +265,13 @@ def _fit(run: Run, prepared: Prepared, until: int) -> Inputs:
     timelines = Timelines.open(prepared.timelines.uri)
     plan = cut_plan(run, "train", int(prepared.timelines.manifest["end_day"]))
     full = np.flatnonzero(timelines.bucket_users).tolist()
+
+    def read(bucket: int) -> Rows:
+        rows = timelines.read([bucket])
+        return rows.take(came_before(rows, until))
+
     inputs = fit_inputs(
-        (_of_plan(plan, timelines.read([bucket])) for bucket in full),
+        (_of_plan(plan, read(bucket)) for bucket in full),
         prepared.calendar_table if data.calendar else None,
         data.behaviours,
         derived,
@@ -271,7 +283,7 @@ def _fit(run: Run, prepared: Prepared, until: int) -> Inputs:
     )
 
     def windows(bucket: int) -> tuple[Rows, Samples]:
-        rows = timelines.read([bucket])
+        rows = read(bucket)
         return rows, plan.draw(rows, run.seed, 0, 4)
 
     return with_starts(inputs, run.section, map(windows, islice(full, STARTS_BUCKETS)), until)
@@ -342,6 +354,7 @@ def describe(run: Run, prepared: Prepared) -> dict[str, Any]:
         "active_days": manifest["active_days"],
         "rows_in": manifest["rows_in"],
         "rows_rejected": manifest["rows_rejected"],
+        "rows_forgotten": manifest.get("rows_forgotten", 0),
         "bytes": manifest["bytes"],
         "bytes_per_token": round(manifest["bytes"] / max(1, manifest["users"] * days), 3),
         "bytes_per_active_day": round(manifest["bytes"] / max(1, manifest["active_days"]), 2),

@@ -16,7 +16,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Data, Profiles
 from lum_ray.data import buckets
 from lum_ray.data.prepare import Tokenizer, prepare_timelines
-from lum_ray.data.schema import RawTables
+from lum_ray.data.raw import RawTables
 from lum_ray.lumos import timelines
 
 DATA = Data(

@@ -11,6 +11,7 @@ import pytest
 from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Calendar, Data, Profiles
 from lum_ray.data.context import CALENDAR, canonical_calendar, canonical_profiles, clean_calendar, holiday_rows
+from lum_ray.data.times import RANGE
 
 ACTIVE = (Behaviour("active", "binary", "count()"),)
 
@@ -64,7 +65,13 @@ def test_infinite_profile_numbers_are_missing_and_noted(tmp_path: Path) -> None:
     profiles, rejects = canonical_profiles(_profiles(), _write(tmp_path / "p", _table(score=[float("inf"), 1.0])))
     assert profiles["score"].to_pylist() == [1.0, None]
     assert rejects.to_pylist() == [
-        {"file": "profiles/0000.parquet", "row": 0, "reason": "`score` is inf, taken as missing"}
+        {
+            "file": "profiles/0000.parquet",
+            "row": 0,
+            "reason": "`score` is infinite, taken as missing",
+            "value": "inf",
+            "user": "b",
+        }
     ]
 
 
@@ -72,7 +79,8 @@ def test_a_profile_without_user_or_with_an_impossible_day_is_rejected(tmp_path: 
     table = _table(user=[None, "a"], until=pa.array([3, 2**40], pa.int64()))
     profiles, rejects = canonical_profiles(_profiles(), _write(tmp_path / "p", table))
     assert profiles.num_rows == 0
-    assert rejects["reason"].to_pylist() == ["`user` is null", "`until` is 1099511627776, no day"]
+    assert rejects["reason"].to_pylist() == ["`user` is null", "`until` is no day"]
+    assert rejects["value"].to_pylist() == [None, "1099511627776"] and rejects["user"].to_pylist() == [None, "a"]
 
 
 def test_users_that_come_twice_stop(tmp_path: Path) -> None:
@@ -120,21 +128,27 @@ def test_the_calendar_is_canonical_and_sorted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "reason"),
+    ("columns", "reason", "value"),
     [
-        ({"scope": ["team", "global"]}, "scope: expected one of global, segment, user, got team"),
-        ({"scope": [None, "global"]}, "scope: expected one of global, segment, user, got None"),
-        ({"key": [None, None]}, "key: expected the user's, got null"),
-        ({"start_day": pa.array([None, 1], pa.int32())}, "start_day: expected a day, got None"),
-        ({"end_day": [datetime.date(1970, 1, 2)] * 2}, "end_day: 1970-01-02 is before start_day"),
-        ({"event_type": [None, "match"]}, "event_type is null"),
-        ({"value": [float("nan"), None]}, "value is nan; null means 1"),
-        ({"known_at": pa.array([2**40, None], pa.int64())}, "known_at: no day: 1099511627776"),
+        ({"scope": ["team", "global"]}, "scope: is none of global, segment, user", "team"),
+        ({"scope": [None, "global"]}, "scope: is none of global, segment, user", None),
+        ({"key": [None, None]}, "key: is null, but the scope is not global", "user"),
+        ({"start_day": pa.array([None, 1], pa.int32())}, "start_day: is no day", None),
+        ({"end_day": [datetime.date(1970, 1, 2)] * 2}, "end_day: is before start_day", "1970-01-02"),
+        ({"event_type": [None, "match"]}, "event_type: is null", None),
+        ({"value": [float("nan"), None]}, "value: is not finite; null means 1", "nan"),
+        (
+            {"known_at": pa.array([2**40, None], pa.int64())},
+            f"known_at: is out of {RANGE}",
+            "1099511627776",
+        ),
     ],
 )
-def test_bad_calendar_rows_are_rejected(columns: dict[str, Any], reason: str) -> None:
+def test_bad_calendar_rows_are_rejected(columns: dict[str, Any], reason: str, value: str | None) -> None:
     rows, rejects = clean_calendar(_rows(**columns), Data(behaviours=ACTIVE), "calendar/x", 10)
-    assert rejects.to_pylist() == [{"file": "calendar/x", "row": 10, "reason": reason}]
+    scope, key = (columns.get(name, default)[0] for name, default in (("scope", ["user"]), ("key", ["u1"])))
+    user = key if scope == "user" else None
+    assert rejects.to_pylist() == [{"file": "calendar/x", "row": 10, "reason": reason, "value": value, "user": user}]
     assert rows["event_type"].to_pylist() == ["match"]
 
 

@@ -46,7 +46,7 @@ def test_bad_rows_are_rejected_with_their_reason(tmp_path: Path) -> None:
         read_edges(place, Data(events=Events(item="item"), items=Items(), graph=data().graph, max_reject_share=0.4),
                    CATALOGUE, 99)  # fmt: skip
     edges, rejects = read_edges(place, data(), CATALOGUE, 99)
-    assert rejects["row"].to_pylist() == [1, 2, 3] and "not above 0" in rejects["reason"][2].as_py()
+    assert rejects["row"].to_pylist() == [1, 2, 3] and "not a number above 0" in rejects["reason"][2].as_py()
     assert edges.pairs_M2.tolist() == [[0, 1], [2, 3]]
 
 

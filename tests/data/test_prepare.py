@@ -171,13 +171,10 @@ def test_rejects_are_kept_with_file_row_and_reason(tmp_path: Path) -> None:
     prices[3], prices[998] = float("nan"), 1.005
     uri = _write(tmp_path / "e", events.set_column(2, "price", pa.array(prices)), files=2)
     found = _prepare(tmp_path, RawTables(uri))
-    assert pq.read_table(found / "rejects").to_pylist() == [
-        {"file": "events/0000.parquet", "row": 3, "reason": "`price` is nan"},
-        {
-            "file": "events/0001.parquet",
-            "row": 498,
-            "reason": "spend: sum(price) is 1.005, finer than the resolution 0.01",
-        },
+    users = events["user"].to_pylist()
+    assert [list(row.values()) for row in pq.read_table(found / "rejects").to_pylist()] == [
+        ["events/0000.parquet", 3, "`price` is not a finite number", "nan", users[3]],
+        ["events/0001.parquet", 498, "spend: sum(price) is finer than the resolution 0.01", "1.005", users[998]],
     ]
     manifest = json.loads((found / "manifest.json").read_text())
     assert (manifest["rows_in"], manifest["rows_rejected"], manifest["events"]) == (1000, 2, 998)
@@ -191,7 +188,7 @@ def test_too_many_rejects_stop_with_the_first_five(tmp_path: Path) -> None:
     assert lines[0].startswith(
         "events: 11 of 1000 rows break the schema (1.10%), more than data.max_reject_share = 1.00%"
     )
-    assert lines[1] == "  events/0000.parquet, row 0: `price` is inf" and len(lines) == 7
+    assert lines[1] == "  events/0000.parquet, row 0: `price` is not a finite number" and len(lines) == 7
     rejects = tmp_path / "timelines" / "0123456789ab" / "rejects" / "0000.parquet"
     assert str(rejects) in lines[6] and pq.read_table(rejects).num_rows == 11
     assert artifacts.find(str(rejects.parent.parent)) is None
@@ -205,7 +202,8 @@ def test_repeated_rows_of_other_files_are_rejected(tmp_path: Path) -> None:
     found = _prepare(tmp_path / "b", RawTables(_write(tmp_path / "b" / "e", repeated, 5, 100)), data, block_rows=100)
     rejects = pq.read_table(found / "rejects").to_pylist()
     assert [(row["file"], row["row"]) for row in rejects] == [("events/0004.parquet", 197 + row) for row in range(4)]
-    assert rejects[0]["reason"] == f"repeats the id line-10 of user {events['user'][10]}"
+    assert rejects[0]["reason"] == "repeats an id of its user"
+    assert (rejects[0]["value"], rejects[0]["user"]) == ("line-10", events["user"][10].as_py())
     same = {name: content for name, content in _content(found).items() if name.startswith("part-")}
     assert same == {name: content for name, content in clean.items() if name.startswith("part-")}
 
@@ -349,7 +347,7 @@ def test_the_calendar_artifact(tmp_path: Path) -> None:
     )
     assert rows.filter(pa.array([kind != "holiday" for kind in rows["event_type"].to_pylist()])).num_rows == 2
     reasons = pq.read_table(tmp_path / "calendar" / "abc" / "rejects")["reason"].to_pylist()
-    assert reasons == ["scope: expected one of global, segment, user, got team"]
+    assert reasons == ["scope: is none of global, segment, user"]
     with pytest.raises(UserError, match=r"calendar: 1 of \d+ rows break the schema"):
         prepare_calendar(_data(calendar=Calendar(holidays="US")), given, str(tmp_path / "calendar" / "few"), 0, 10)
 

@@ -13,7 +13,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Data, Events
 from lum_ray.data.raw import raw_files
 from lum_ray.data.schema import PROVENANCE, check_events, clean_events, drop_repeats, read_events
-from lum_ray.data.times import to_day
+from lum_ray.data.times import RANGE, to_day
 
 BEHAVIOURS = (Behaviour("active", "binary", "count()"), Behaviour("spend", "continuous", "sum(price)", 0.01))
 UTC = datetime.UTC
@@ -69,23 +69,33 @@ def test_clean_rows_pass_unchanged_and_only_used_columns_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "changes", "reason"),
+    ("columns", "changes", "reason", "value"),
     [
-        ({"user": [None, "b"]}, {}, "`user` is null"),
-        ({"time": pa.array([None, 4], pa.int32())}, {}, "`time` is null"),
-        ({"time": pa.array([2**40, 4], pa.int64())}, {}, "`time` is 1099511627776, which is not a day within 32 bits"),
-        ({"price": [float("nan"), 1.0]}, {}, "`price` is nan"),
-        ({"price": [float("-inf"), 1.0]}, {}, "`price` is -inf"),
-        ({"price": [1.005, 1.0]}, {}, "spend: sum(price) is 1.005, finer than the resolution 0.01"),
-        ({"price": [1e17, 1.0]}, {}, "spend: sum(price) is 1e+17, more than 2^48 times 0.01"),
-        ({}, {"start": 4}, "3 is before data.start, 4"),
-        ({"time": pa.array([9, 4], pa.int32())}, {"end": "1970-01-06"}, "9 is not before data.end, 1970-01-06"),
-        ({"id": [None, "x"]}, {"events": Events(id="id")}, "`id` is null"),
+        ({"user": [None, "b"]}, {}, "`user` is null", None),
+        ({"time": pa.array([None, 4], pa.int32())}, {}, "`time` is null", None),
+        ({"time": pa.array([2**40, 4], pa.int64())}, {}, f"`time` is out of {RANGE}", "1099511627776"),
+        ({"price": [float("nan"), 1.0]}, {}, "`price` is not a finite number", "nan"),
+        ({"price": [float("-inf"), 1.0]}, {}, "`price` is not a finite number", "-inf"),
+        ({"price": [1.005, 1.0]}, {}, "spend: sum(price) is finer than the resolution 0.01", "1.005"),
+        ({"price": [1e17, 1.0]}, {}, "spend: sum(price) is more than 2^48 times 0.01", "1e+17"),
+        ({}, {"start": 4}, "`time` is before data.start, 4", "3"),
+        (
+            {"time": pa.array([9, 4], pa.int32())},
+            {"end": "1970-01-06"},
+            "`time` is not before data.end, 1970-01-06",
+            "9",
+        ),
+        ({"id": [None, "x"]}, {"events": Events(id="id")}, "`id` is null", None),
     ],
 )
-def test_bad_rows_are_rejected_with_a_reason(columns: dict[str, Any], changes: dict[str, Any], reason: str) -> None:
+def test_bad_rows_are_rejected_with_a_reason_and_their_value(
+    columns: dict[str, Any], changes: dict[str, Any], reason: str, value: str | None
+) -> None:
     events, rejects = clean_events(_events(**columns), _data(**changes), "events/x.parquet", first_row=100)
-    assert rejects.to_pylist() == [{"file": "events/x.parquet", "row": 100, "reason": reason}]
+    user = columns.get("user", ["a"])[0]
+    assert rejects.to_pylist() == [
+        {"file": "events/x.parquet", "row": 100, "reason": reason, "value": value, "user": user}
+    ]
     assert events["user"].to_pylist() == ["b"]
 
 
@@ -93,7 +103,7 @@ def test_a_row_is_rejected_once_and_division_by_zero_is_found() -> None:
     data = _data(behaviours=(BEHAVIOURS[0], Behaviour("ratio", "continuous", "sum(price / count)", 0.01)))
     table = _events(user=[None, "b"], price=[float("nan"), 1.0], count=[1, 0])
     _, rejects = clean_events(table, data)
-    assert rejects["reason"].to_pylist() == ["`user` is null", "ratio: sum(price / count) is inf"]
+    assert rejects["reason"].to_pylist() == ["`user` is null", "ratio: sum(price / count) is not finite"]
 
 
 def test_null_numbers_are_no_fault() -> None:
@@ -230,5 +240,6 @@ def test_repeats_of_a_user_and_id_are_dropped_but_the_first() -> None:
     assert sorted(kept["price"].to_pylist()) == [1.0, 3.0, 4.0]
     assert kept.column_names == ["user", "day", "price", *PROVENANCE]
     assert rejects.to_pylist() == [
-        {"file": "events/1.parquet", "row": row, "reason": "repeats the id 7 of user a"} for row in (0, 1)
+        {"file": "events/1.parquet", "row": row, "reason": "repeats an id of its user", "value": "7", "user": "a"}
+        for row in (0, 1)
     ]

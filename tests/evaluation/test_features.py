@@ -170,20 +170,25 @@ def test_coming_by_hand() -> None:
     assert "coming/sale/near_-1" not in today.names
 
 
+def at_rows(row: np.ndarray) -> Samples:
+    """A sample of each row."""
+    return Samples(row.astype(np.int64), np.zeros(len(row), np.int32), np.zeros(len(row), np.int32))
+
+
 def test_the_profile_by_hand() -> None:
     kind = np.array(["b", None, "a"], dtype=object)
     rows = replace(by_hand(), profile={"age": np.array([30.0, np.nan, 50.0]), "kind": kind})
     known = features.vocabulary(rows)
     assert known == {"age": (), "kind": ("a", "b")}
-    sheet = features.profile(rows, np.array([2, 0, 1, 0]), known)
+    sheet = features.profile(rows, at_rows(np.array([2, 0, 1, 0])), known)
     assert sheet.categories == ("kind",)
     assert column(sheet, "age") == [50, 30, NAN, 30]
     assert column(sheet, "kind") == [0, 1, -1, 1]
     # a missing value is none of the vocabulary's, even where that holds the text "None"; nor is an unknown one
     other = replace(rows, profile=rows.profile | {"kind": np.array(["None", None, "c"], dtype=object)})
-    assert column(features.profile(other, np.arange(3), {"kind": ("None",)}), "kind") == [0, -1, -1]
+    assert column(features.profile(other, at_rows(np.arange(3)), {"kind": ("None",)}), "kind") == [0, -1, -1]
     # a category of which training knows no value
-    assert column(features.profile(other, np.arange(3), {"kind": ()}), "kind") == [-1, -1, -1]
+    assert column(features.profile(other, at_rows(np.arange(3)), {"kind": ()}), "kind") == [-1, -1, -1]
 
 
 def every(rows: Rows, samples: Samples) -> Sheet:

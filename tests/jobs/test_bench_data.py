@@ -21,7 +21,7 @@ from jobs.bench.memory import PeakMemory
 from jobs.bench.prepare import TOKENIZER
 from jobs.bench.prepare_peers import differences, duckdb_daily, polars_daily
 from lum_ray.data.prepare import prepare_timelines
-from lum_ray.data.schema import RawTables
+from lum_ray.data.raw import RawTables
 
 MIB = 1 << 20
 

@@ -129,7 +129,9 @@ def test_profile_arrays_mark_missing_and_unknown() -> None:
     rows = stand_in(1, ["age", "town"])
     profile = {"age": np.array([1.0, np.nan, 3.0]), "town": np.array(["x", None, "new"], object)}
     rows = replace(rows, profile=profile)
-    numbers, categories = profile_arrays(rows, np.array([0, 1, 2]), ["age"], [("town", ("w", "x"))])
+    numbers, categories = profile_arrays(
+        rows, np.array([0, 1, 2]), np.zeros(3, np.int64), ["age"], [("town", ("w", "x"))]
+    )
     assert numbers[:, 0].tolist()[::2] == [1.0, 3.0]
     assert np.isnan(numbers[1, 0])
     assert categories[:, 0].tolist() == [2, 0, 0]
