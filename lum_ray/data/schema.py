@@ -255,7 +255,7 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
 
     Returns (user string, day int32, the columns that the behaviours use; without behaviours but with `events.item`:
     item string, time_us and offset_min, see `to_instant`; with `events.id` also PROVENANCE, see `drop_repeats`).
-    Strings are dictionaries where they come as such.
+    Strings that come as dictionaries stay such where the events are aggregated at once (`_aggregated_at_once`).
     Rejected: a null user, a null time, a NaN or infinite number, a value finer than its behaviour's resolution or too
     large, a day outside [data.start, data.end), a null item, a null id.
     Raises UserError for missing or mistyped columns.
@@ -265,7 +265,8 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     check_user(require_in, data.events.user)
     check_time(require_in, data.events.time, data.time_zone)
     rejected = Rejected(file, first_row, table.num_rows)
-    user, time = _text(_plain(table, data.events.user, file)), table[data.events.time]
+    coded = _aggregated_at_once(data)
+    user, time = _text(_plain(table, data.events.user, file), coded), table[data.events.time]
     day = to_day(time, data.time_zone)
     rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
     rejected.add(mask(pc.is_null(time)), f"`{data.events.time}` is null")
@@ -282,6 +283,8 @@ def clean_events(table: pa.Table, data: Data, file: str = "events", first_row: i
     for name in sorted({column for _, aggregate in aggregates for column in aggregate.columns}):
         require(require_in, {"data.behaviours": name})
         used[name] = _plain(table, name, file)
+        if pa.types.is_dictionary(used[name].type):
+            used[name] = _text(used[name], coded)
         if pa.types.is_floating(used[name].type):
             rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is {{}}", used[name])
     events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
@@ -334,8 +337,7 @@ def read_events(
     so that only one raw batch is in memory). Raises UserError naming the file where it cannot be read.
     """
     columns = _event_columns(data)
-    # rows that are aggregated repeat their strings; those kept one by one are sorted by them
-    dictionary = columns if data.behaviours and data.events.id is None else ()
+    dictionary = columns if _aggregated_at_once(data) else ()
     events, rejects = [], []
     for batch, row in batches(uri, columns, row_groups, first_row, batch_rows, dictionary):
         cleaned, bad = clean_events(batch, data, name or uri.rsplit("/", 1)[-1], row)
@@ -408,9 +410,15 @@ def _plain(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
         raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits: {error}; cast it") from None
 
 
-def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """As strings, or as the dictionary of strings that they came as."""
-    return column if pa.types.is_dictionary(column.type) else pc.cast(column, pa.string())
+def _aggregated_at_once(data: Data) -> bool:
+    """Whether blocks become daily states as they are read: dictionaries pay then. Events that are kept one by one are
+    sorted by their strings, and travel through files in which every batch would need the same dictionary."""
+    return bool(data.behaviours) and data.events.id is None
+
+
+def _text(column: pa.ChunkedArray, coded: bool) -> pa.ChunkedArray:
+    """As strings; with `coded`, as the dictionary of strings that they came as."""
+    return column if coded and pa.types.is_dictionary(column.type) else pc.cast(column, pa.string())
 
 
 def _decoded(found: pa.DataType) -> pa.DataType:
