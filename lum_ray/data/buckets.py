@@ -200,14 +200,13 @@ def write_buckets(uri: str, table: pa.Table) -> tuple[list[dict[str, int]], int]
     Returns (the manifest's row_groups, the size in bytes).
     """
     buckets, counts = np.unique(table["bucket"].to_numpy(), return_counts=True)
-    lists = [
-        field.name
+    packed = [name for name in table.column_names if _is_packed(table[name])]
+    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in packed}
+    rest = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
         for field in table.schema
-        if pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type)
+        if field.name not in (*packed, "user", "user_hash")
     ]
-    # whole numbers of a few bits, day after day: packed they are written and read faster than by way of a dictionary
-    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in lists}
-    rest = [name for name in table.column_names if name not in lists and name not in ("user", "user_hash")]
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink, table.schema, compression="zstd", use_dictionary=rest, column_encoding=encoding, write_statistics=False
@@ -220,3 +219,12 @@ def write_buckets(uri: str, table: pa.Table) -> tuple[list[dict[str, int]], int]
     write_bytes(uri, content)
     groups = [{"bucket": bucket, "rows": rows} for bucket, rows in zip(buckets.tolist(), counts.tolist(), strict=True)]
     return groups, len(content)
+
+
+def _is_packed(column: pa.ChunkedArray) -> bool:
+    """Whether it holds lists of whole numbers that span less than 32 bits: such as days and amounts, which are written
+    and read faster packed than by way of a dictionary. Hashes of items are not."""
+    if not (pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type)):
+        return False
+    bounds = pc.min_max(pc.list_flatten(column)).as_py()
+    return bounds["min"] is None or bounds["max"] - bounds["min"] < 1 << 32

@@ -259,7 +259,7 @@ def clean_events(
 
     Returns (user string, day int32, the columns that the behaviours use; without behaviours but with `events.item`:
     item string, time_us and offset_min, see `to_instant`; with `events.id` also PROVENANCE, see `drop_repeats`).
-    Strings are dictionaries where they come as such.
+    Strings that come as dictionaries stay such where the events are aggregated at once (`_aggregated_at_once`).
     Rejected: a null user, a null time, a NaN or infinite number, a value finer than its behaviour's resolution or too
     large, a day outside [data.start, data.end), a null item, a null id; and where the days before `since +
     data.late_days` are known already, a day before `since`.
@@ -270,7 +270,8 @@ def clean_events(
     check_user(require_in, data.events.user)
     check_time(require_in, data.events.time, data.time_zone)
     rejected = Rejected(file, first_row, table.num_rows)
-    user = readable(_text(plain_column(table, data.events.user, file)), rejected, data.events.user)
+    coded = _aggregated_at_once(data)
+    user = readable(_text(plain_column(table, data.events.user, file), coded), rejected, data.events.user)
     time = table[data.events.time]
     day = to_day(time, data.time_zone)
     rejected.add(mask(pc.is_null(user)), f"`{data.events.user}` is null")
@@ -296,7 +297,10 @@ def clean_events(
     aggregates = [(item, parse(item.aggregate)) for item in data.behaviours]
     for name in sorted({column for _, aggregate in aggregates for column in aggregate.columns}):
         require(require_in, {"data.behaviours": name})
-        used[name] = readable(plain_column(table, name, file), rejected, name)
+        column = plain_column(table, name, file)
+        if pa.types.is_dictionary(column.type):
+            column = _text(column, coded)
+        used[name] = readable(column, rejected, name)
         if pa.types.is_floating(used[name].type):
             rejected.add(mask(pc.invert(pc.is_finite(used[name]))), f"`{name}` is not a finite number", used[name])
     events = pa.table({"user": user, "day": pa.chunked_array([day])} | used)
@@ -346,8 +350,7 @@ def read_events(
     so that only one raw batch is in memory). Raises UserError naming the file where it cannot be read.
     """
     columns = _event_columns(data)
-    # rows that are aggregated repeat their strings; those kept one by one are sorted by them
-    dictionary = columns if data.behaviours and data.events.id is None else ()
+    dictionary = columns if _aggregated_at_once(data) else ()
     events, rejects = [], []
     for batch, row in batches(uri, columns, row_groups, first_row, batch_rows, overlay, dictionary):
         cleaned, bad = clean_events(batch, data, name or uri.rsplit("/", 1)[-1], row, since)
@@ -387,9 +390,15 @@ def plain_column(table: pa.Table, name: str, file: str) -> pa.ChunkedArray:
         raise UserError(f"{file}: column `{name}`: expected numbers that fit in 64 bits; cast it") from None
 
 
-def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """As strings, or as the dictionary of strings that they came as."""
-    return column if pa.types.is_dictionary(column.type) else pc.cast(column, pa.string())
+def _aggregated_at_once(data: Data) -> bool:
+    """Whether blocks become daily states as they are read: dictionaries pay then. Events that are kept one by one are
+    sorted by their strings, and travel through files in which every batch would need the same dictionary."""
+    return bool(data.behaviours) and data.events.id is None
+
+
+def _text(column: pa.ChunkedArray, coded: bool) -> pa.ChunkedArray:
+    """As strings; with `coded`, as the dictionary of strings that they came as."""
+    return column if coded and pa.types.is_dictionary(column.type) else pc.cast(column, pa.string())
 
 
 def _decoded(found: pa.DataType) -> pa.DataType:

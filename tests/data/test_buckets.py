@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lum_ray.data import buckets
@@ -37,3 +38,21 @@ def test_a_dictionary_by_file_keeps_the_users_and_brings_files_together() -> Non
     assert found.to_pylist() == names
     files = [int(h % np.uint64(64)) // 8 for h in hash_strings(found.dictionary)]
     assert files == sorted(files) and len(set(files)) > 1
+
+
+def test_days_and_amounts_are_packed_and_hashes_of_items_are_not(tmp_path: Path) -> None:
+    hashes = hash_strings([f"item-{n}" for n in range(3)]).view(np.int64)
+    lists = {"days": np.arange(300), "amount": np.arange(300) % 7, "item": hashes[np.arange(300) % 3]}
+    offsets = pa.array(np.arange(0, 301, 30), pa.int32())
+    table = pa.table(
+        {"bucket": pa.array(np.arange(10) // 5, pa.int32()), "user": [f"u{n}" for n in range(10)]}
+        | {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
+    )
+    groups, size = buckets.write_buckets(str(tmp_path / "a"), table)
+    file = pq.ParquetFile(tmp_path / "a")
+    assert groups == [{"bucket": 0, "rows": 5}, {"bucket": 1, "rows": 5}]
+    assert size == (tmp_path / "a").stat().st_size and file.read().equals(table)
+    encodings = {c.path_in_schema: c.encodings for c in map(file.metadata.row_group(0).column, range(5))}
+    assert "DELTA_BINARY_PACKED" in encodings["days.list.element"]
+    assert "DELTA_BINARY_PACKED" in encodings["amount.list.element"]
+    assert any("DICTIONARY" in name for name in encodings["item.list.element"])

@@ -316,6 +316,19 @@ def test_map_tasks_hold_every_row_group_once(tmp_path: Path) -> None:
     assert max(sizes) <= 130 and sum(sizes) == 1000 and len({block["name"] for block in blocks}) == len(blocks) == 8
 
 
+@pytest.mark.parametrize("with_id", [False, True])
+def test_strings_that_are_stored_as_categories_change_no_byte(tmp_path: Path, with_id: bool) -> None:
+    events, data = _rows(1000), _data(events=Events(id="line" if with_id else None))
+    coded = events
+    for name in ("user", "shop", "line"):
+        coded = coded.set_column(coded.column_names.index(name), name, coded[name].dictionary_encode())
+    found = [
+        _content(_prepare(tmp_path / str(case), RawTables(_write(tmp_path / f"e{case}", table, 2, 90)), data))
+        for case, table in enumerate((events, coded))
+    ]
+    assert found[0] == found[1]
+
+
 def test_an_empty_file_in_front_changes_nothing(tmp_path: Path) -> None:
     whole = RawTables(_write(tmp_path / "e", _rows(1000)))
     (tmp_path / "f").mkdir()
