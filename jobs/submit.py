@@ -8,6 +8,7 @@ failed or stopped submission had made is there as artifacts, and the next one go
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -71,6 +72,8 @@ def connect(address: str) -> JobSubmissionClient:
 
     Raises UserError where nothing answers or the token is refused.
     """
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
     token = os.environ.get("RAY_AUTH_TOKEN")
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
