@@ -38,6 +38,7 @@ class Head:
             "RAY_ADDRESS": self.gcs,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
+            "RAY_metrics_report_interval_ms": "1000",
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
 

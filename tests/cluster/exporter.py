@@ -1,4 +1,4 @@
-"""`python -m tests.cluster.exporter`: a driver on RAY_ADDRESS that trains a toy and answers requests, until it is killed.
+"""`python -m tests.cluster.exporter`: a driver that trains a toy and answers requests, until it is killed.
 
 What it and its cluster export is what dashboards and alerts may ask for.
 """
