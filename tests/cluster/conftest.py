@@ -85,7 +85,7 @@ def head() -> Iterator[Head]:
     finally:
         process.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
         try:
-            process.wait(30)
+            process.wait(15)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)

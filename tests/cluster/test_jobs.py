@@ -163,3 +163,24 @@ def test_ctrl_c_detaches_and_the_job_goes_on(
     assert process.wait(30) == 130
     assert "joining it" in "".join(lines) and "goes on; the same command follows it again" in rest
     assert client.get_job_status(f"{job.name}-1") == JobStatus.RUNNING
+
+
+@pytest.mark.faults
+def test_the_steps_of_rayjob_yaml_run_with_two_workers(client: JobSubmissionClient, tmp_path: Path) -> None:
+    document = yaml.safe_load((Path(__file__).parents[2] / "cluster/rayjob.yaml").read_text())
+    entrypoint = document["spec"]["entrypoint"].replace("/etc/lum-ray/", "").replace("device=cuda", "device=cpu")
+    folder = tmp_path / "packed"
+    submit.pack(tiny(tmp_path / "runs", "train.workers=2", "data.engine=auto"), str(folder))
+    number = client.submit_job(
+        entrypoint=entrypoint,
+        runtime_env={"working_dir": str(folder)},
+        entrypoint_num_cpus=document["spec"]["entrypointNumCpus"],
+    )
+    deadline = time.monotonic() + 240
+    while not (status := client.get_job_status(number)).is_terminal() and time.monotonic() < deadline:
+        time.sleep(1)
+    log = client.get_job_logs(number)
+    assert status == JobStatus.SUCCEEDED, log
+    assert "2 worker(s)" in log and "already trained" in log
+    made = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert {"timelines", "fitted", "checkpoints", "reports", "state"} <= made
