@@ -72,8 +72,8 @@ def connect(address: str) -> JobSubmissionClient:
 
     Raises UserError where nothing answers or the token is refused.
     """
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-    logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     token = os.environ.get("RAY_AUTH_TOKEN")
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
@@ -217,7 +217,7 @@ def follow(client: JobSubmissionClient, job: Job, submission_id: str, say: Say, 
     """
     log = _Log()
     reached_at = started_waiting_at = time.monotonic()
-    said_at = -60.0
+    said_at = -20.0
     while True:
         try:
             info = client.get_job_info(submission_id)
@@ -227,7 +227,7 @@ def follow(client: JobSubmissionClient, job: Job, submission_id: str, say: Say, 
                 if waited > wait_s:
                     raise UserError(
                         f"{submission_id}: not started after {wait_s:.0f} s ({info.message}); it stays queued: the "
-                        "same command joins it, --stop takes it back"
+                        "same command joins it, --stop ends it once it starts"
                     )
                 if waited - said_at > 30:
                     say(f"waiting for a machine with room ({waited:.0f} s)")
@@ -290,11 +290,17 @@ def result_of(text: str, root: str) -> str:
 
 
 def stop(client: JobSubmissionClient, job: Job, say: Say) -> None:
-    """Ask the job's running submission to save its state and end, and wait until it has. Raises UserError if none."""
+    """Ask the job's running submission to save its state and end, and wait until it has. Raises UserError if none.
+
+    One that still waits for a machine cannot be taken back: Ray ends it when it starts.
+    """
     last = latest(client, job)
     if last is None or last.status.is_terminal():
         raise UserError(f"{job.name}: --stop: no submission of this job is running")
     client.stop_job(str(last.submission_id))
+    if last.status == JobStatus.PENDING:
+        say(f"{last.submission_id} waits for a machine; it ends as soon as it has one")
+        return
     say(f"stopping {last.submission_id}")
     deadline = time.monotonic() + STOP_WAIT_S + 30
     while not (status := client.get_job_status(str(last.submission_id))).is_terminal():

@@ -166,6 +166,26 @@ def test_ctrl_c_detaches_and_the_job_goes_on(
 
 
 @pytest.mark.faults
+def test_a_job_that_finds_no_room_is_not_waited_for_without_end(
+    client: JobSubmissionClient, tmp_path: Path, said: list[str]
+) -> None:
+    other = client.submit_job(entrypoint="sleep 300", entrypoint_num_cpus=3)
+    while client.get_job_status(other) != JobStatus.RUNNING:
+        time.sleep(0.2)
+    job = submit.Job(tiny(tmp_path), "publish")
+    with pytest.raises(UserError, match=r"publish-\w+-1: not started after 3 s .*; it stays queued"):
+        submit.run(job, client, said.append, None, False, 3.0)
+    submit.stop(client, job, said.append)
+    assert said[-1] == f"{job.name}-1 waits for a machine; it ends as soon as it has one"
+    client.stop_job(other)
+    deadline = time.monotonic() + WAIT_S
+    while not (status := client.get_job_status(f"{job.name}-1")).is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert status == JobStatus.STOPPED
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.faults
 def test_the_steps_of_rayjob_yaml_run_with_two_workers(client: JobSubmissionClient, tmp_path: Path) -> None:
     document = yaml.safe_load((Path(__file__).parents[2] / "cluster/rayjob.yaml").read_text())
     entrypoint = document["spec"]["entrypoint"].replace("/etc/lum-ray/", "").replace("device=cuda", "device=cpu")
