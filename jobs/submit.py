@@ -120,7 +120,7 @@ def submit(
         say(f"{last.submission_id} is {last.status.value.lower()} already: joining it")
         return last
     if last is not None and last.status == JobStatus.SUCCEEDED and not again:
-        say(f"{last.submission_id} is finished; --again runs it anew")
+        say(f"{last.submission_id} is finished; --again runs it anew, as after new events")
         return last
     placed, wanted = place(job, client, say, cluster_file)
     number = _number(job, last.submission_id) + 1 if last is not None else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -50,3 +51,17 @@ def test_what_is_copied_is_there_and_the_base_is_pinned() -> None:
                 assert (ROOT / name).exists(), line
     bases = [line.split()[1] for line in LINES if line.startswith("FROM ") and ":" in line]
     assert len(bases) == 1 and re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", bases[0])
+
+
+def test_an_install_that_is_not_editable_has_every_file() -> None:
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    other = [
+        path
+        for name in ("lum_ray", "jobs", "serve")
+        for path in (ROOT / name).rglob("*.*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert other
+    for path in other:
+        package = ".".join(path.relative_to(ROOT).parts[:-1])
+        assert any(path.match(pattern) for pattern in package_data.get(package, ())), path

@@ -65,7 +65,7 @@ def test_two_who_submit_one_job_at_once_get_one_run_and_the_same_answer(
     begin = time.monotonic()
     assert submit.run(job, client, said.append, None, False, WAIT_S) == outcomes[0]
     assert time.monotonic() - begin < 5
-    assert said[-1] == f"{job.name}-1 is finished; --again runs it anew"
+    assert said[-1] == f"{job.name}-1 is finished; --again runs it anew, as after new events"
 
 
 def test_the_exit_code_is_the_jobs_own_and_a_failed_job_is_submitted_anew(

@@ -84,18 +84,14 @@ def test_what_serve_is_told_is_what_the_application_takes(model: str) -> None:
     assert callable(getattr(importlib.import_module(module), name))
     endpoint = config.read(importlib.import_module("serve.app").Endpoint, application["args"], "args")
     assert endpoint.serve.timeout_s < deploy["http_options"]["request_timeout_s"]
-    deployments = {item["name"]: item for item in application["deployments"]}
-    assert set(deployments) == {"ingress", "model"}
-    assert (
-        deployments["ingress"]["num_replicas"] >= 2 and deployments["model"]["autoscaling_config"]["min_replicas"] >= 2
-    )
-    assert all(item["graceful_shutdown_timeout_s"] >= endpoint.serve.timeout_s for item in deployments.values())
+    assert endpoint.serve.tokens and endpoint.serve.replicas >= 2 and endpoint.serve.ingress_replicas >= 2
+    assert application["deployments"] == [{"name": name, "max_replicas_per_node": 1} for name in ("ingress", model)]
 
 
 def test_a_typo_in_the_serve_config_is_found() -> None:
     document = next(documents("rayservice-lumos.yaml"))
-    document["spec"]["serveConfigV2"] = document["spec"]["serveConfigV2"].replace("max_replicas:", "max_replica:")
-    assert [line for line in _serve_config(document) if "'max_replica' was unexpected" in line]
+    document["spec"]["serveConfigV2"] = document["spec"]["serveConfigV2"].replace("_per_node:", "_a_node:")
+    assert [line for line in _serve_config(document) if "'max_replicas_a_node' was unexpected" in line]
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
