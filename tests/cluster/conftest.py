@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-START_S = 90.0
+START_S = 180.0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tests.cluster.conftest import Head
 
 ROOT = Path(__file__).parents[2]
 NAME = re.compile(r"\bray_(?!io_)[a-z0-9_]+")
-WAIT_S = 90.0
+WAIT_S = 240.0
 
 
 def listed() -> tuple[set[str], set[str]]:
