@@ -174,7 +174,7 @@ def machines(client: JobSubmissionClient) -> list[placement.Machine]:
     reply = httpx.get(
         f"{client.get_address()}/api/v0/nodes",
         params={"detail": "1", "limit": "10000"},
-        headers=client._headers,
+        headers=client._headers,  # the token, wherever Ray found it
         timeout=30.0,
     )
     reply.raise_for_status()
