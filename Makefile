@@ -6,8 +6,9 @@ PEERS ?= .venv-peers
 STREAMING ?= .venv-streaming
 RUNS ?= runs
 MINUTES ?= 30
+SCHEMAS ?= ../shared/schemas/kuberay
 
-.PHONY: demo test test-faults check bench clean env peers
+.PHONY: demo test test-faults check check-manifests bench clean env peers
 
 env: $(VENV)/.installed
 
@@ -48,6 +49,10 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# SCHEMAS: KubeRay's CustomResourceDefinitions (ray.io_*.yaml.gz); without that folder it says that it was skipped.
+check-manifests: env
+	$(BIN)/python -m jobs.manifests --schemas $(SCHEMAS) $(wildcard cluster/ray*.yaml)
 
 bench: env
 	$(BIN)/python -m jobs.bench.train_step --quick

@@ -300,6 +300,38 @@ def serve(run: RunFile, root: Root = None, set_: Set = None, checkpoint: Checkpo
 
 
 @app.command()
+def submit(
+    run: RunFile,
+    step: Annotated[
+        str, typer.Argument(metavar="STEP", help="prepare, train, evaluate, audit, predict, publish, tune")
+    ],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="options of the step")] = None,
+    root: Root = None,
+    set_: Set = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="the cluster's dashboard")
+    ] = "http://127.0.0.1:8265",
+    cluster: Annotated[
+        str | None, typer.Option(metavar="FILE", help="the cluster's manifest or `ray up` file: what it may grow to")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="run a finished job anew")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="stop the running job; it saves its state")] = False,
+    wait_s: Annotated[float, typer.Option(min=1, help="how long it may wait for a machine")] = 1800.0,
+) -> None:
+    """Run a step on a Ray cluster and follow it; Ctrl-C only stops following. The exit code is the job's own."""
+    from jobs import submit as jobs_submit
+
+    job = jobs_submit.Job(load(run, root, set_), step, jobs_submit.options(options))
+    if stop:
+        jobs_submit.stop(jobs_submit.connect(address), job, say)
+        return
+    outcome = jobs_submit.run(job, jobs_submit.connect(address), say, cluster, again, wait_s)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+    done(outcome.result)
+
+
+@app.command()
 def demo(
     root: Annotated[str, typer.Option("--root")] = "runs",
     only: Annotated[str | None, typer.Option(help="one of the two models: lumos or gts")] = None,

@@ -51,6 +51,7 @@ FIELDS = {
     "gts.align_steps": "of Phase I; 0 leaves it out",
     "gts.rerank": "how many of the retrieved items are scored again with themselves in front",
     "train.precision": "auto: BF16 where the device has it, else FP32",
+    "train.device": "auto: GPUs where the machine or the cluster has them",
     "train.zero_stage": "DeepSpeed's ZeRO, 0 to 3",
     "train.patience": "validations without a gain before stopping; 0: never",
     "train.keep_best": "which validation metric decides",

@@ -312,6 +312,7 @@ class Train:
     clip_norm: float = 1.0
     ema: float = 0.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 0
     validate_every: int = 100
     checkpoint_every: int = 100

@@ -25,7 +25,7 @@ from lum_ray.gts.stage import GtsStage
 from lum_ray.stage import Arrays, to_device
 from lum_ray.steps.gts_prepare import GtsPrepared, prepare_gts
 from lum_ray.steps.prepare import Log, cut_plan, fit_until, select_until, silent
-from lum_ray.steps.session import start_ray
+from lum_ray.steps.session import training_session
 from lum_ray.steps.train import commit_checkpoint, shaping
 from lum_ray.training.collectives import gather_columns
 from lum_ray.training.fit import fit
@@ -68,9 +68,7 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
         log("already trained")
         return uri
     llm = {"name": run.section.llm, "revision": run.section.revision, "digest": llm_digest(load(run.section).decoder)}
-    if run.train.workers > 1:
-        start_ray()
-    gpus = torch.cuda.is_available()
+    gpus = training_session(run.train)
     plain = config.dump(run)
     uris = tuple(item.uri for item in (prepared.sequences, prepared.items, prepared.tree, prepared.fitted))
     if aligned and find(aligned) is None:

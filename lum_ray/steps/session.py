@@ -8,6 +8,9 @@ import time
 
 import ray
 import ray.data  # sets up its own logging when it is imported
+import torch
+
+from lum_ray.config import Train
 
 
 def start_ray() -> None:
@@ -30,3 +33,18 @@ def start_ray() -> None:
     except (ConnectionError, TimeoutError, RuntimeError):
         time.sleep(2)
         ray.init(address="local", include_dashboard=False, **quiet)
+
+
+def training_session(train: Train) -> bool:
+    """Join or start the session that training needs. Returns whether its workers compute on GPUs.
+
+    `auto` with one worker asks this process, with several the session: the driver may be on a machine without GPUs. One
+    worker joins a cluster too where it is a job there, so that its metrics are seen.
+    """
+    if train.workers > 1 or os.environ.get("RAY_ADDRESS"):
+        start_ray()
+    if train.device != "auto":
+        return train.device == "cuda"
+    if train.workers == 1:
+        return torch.cuda.is_available()
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)

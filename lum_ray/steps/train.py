@@ -21,7 +21,7 @@ from lum_ray.lumos.reference import reference_rows
 from lum_ray.lumos.stage import LumosStage
 from lum_ray.stage import to_device
 from lum_ray.steps.prepare import Log, Prepared, cut_plan, fit_until, prepare, select_until, silent
-from lum_ray.steps.session import start_ray
+from lum_ray.steps.session import training_session
 from lum_ray.training.collectives import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
@@ -44,7 +44,7 @@ def tasks_of(run: Run) -> dict[str, Task]:
 
 def shaping(run: Run) -> dict[str, Any]:
     """What of `train` shapes the weights; how they are computed does not."""
-    how = ("workers", "min_workers", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
+    how = ("workers", "min_workers", "device", "micro_batch", "checkpoint_every", "max_failures", "zero_stage")
     return {name: value for name, value in asdict(run.train).items() if name not in how}
 
 
@@ -73,9 +73,7 @@ def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
         log("already trained")
         return uri
     _write_record(run, prepared, uri)
-    gpus = torch.cuda.is_available()
-    if run.train.workers > 1:
-        start_ray()
+    gpus = training_session(run.train)
     plain, uris = config.dump(run), (prepared.timelines.uri, prepared.calendar.uri, prepared.fitted.uri)
 
     def make_loop(worker: Worker) -> dict[str, Any]:

@@ -7,6 +7,8 @@ own checkpoint is the truth: a restarted group enters the same loop, which goes 
 from __future__ import annotations
 
 import logging
+import os
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +18,8 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.metrics import Gauge
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from lum_ray.artifacts import UserError, storage
 from lum_ray.training.loop import DivergedError, Worker
@@ -25,6 +29,8 @@ RESIZE_S = 60.0
 MakeLoop = Callable[[Worker], dict[str, Any]]
 PEERS_TIMEOUT_S = 600
 """Long enough for the slowest wait that is none's fault: rank 0 scores a validation while the others wait for it."""
+PLACEMENT_WAIT_S = 1800.0
+"""How long a cluster's autoscaler may take to bring the machines that the workers need."""
 
 
 def fit(
@@ -43,18 +49,18 @@ def fit(
     gives each worker one GPU. `storage_path` (a URI) keeps Ray's own records, of no use later. A crashed worker
     restarts the group, `max_failures` times at most; so does one that hangs, once the others have waited
     `peers_timeout_s` for it. With `min_workers` it starts again with as many workers as there is room for, at least
-    these, and is resized when machines come. Raises UserError where the session has too few CPUs or GPUs, and whatever
-    user error stopped the loop; else `ray.train.TrainingFailedError`.
+    these, and is resized when machines come. Raises UserError where the session has too few CPUs or GPUs (a cluster may
+    take PLACEMENT_WAIT_S to add them), and whatever user error stopped the loop; else `ray.train.TrainingFailedError`.
     """
     _check(workers if min_workers is None else min_workers, gpus)
     if workers == 1:
-        return _alone(make_loop, gpus)
+        return _alone(make_loop, gpus, name)
 
     def loop_per_worker() -> dict[str, Any]:
         _quiet()
         context = ray.train.get_context()
         device = ray.train.torch.get_device() if gpus else torch.device("cpu")
-        worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report)
+        worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report, gauges(name))
         try:
             return {"result": make_loop(worker)}
         except DivergedError as error:
@@ -93,11 +99,11 @@ def fit(
     return result
 
 
-def _alone(make_loop: MakeLoop, gpus: bool) -> dict[str, Any]:
+def _alone(make_loop: MakeLoop, gpus: bool, name: str) -> dict[str, Any]:
     _quiet()
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     trainer = TorchTrainer(
-        lambda: make_loop(Worker(device=device, report=_report)),
+        lambda: make_loop(Worker(device=device, report=_report, watch=gauges(name))),
         scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=gpus),
     )
     result: dict[str, Any] = trainer.fit().return_value
@@ -113,19 +119,55 @@ def _report(metrics: Mapping[str, float]) -> None:
     ray.train.report(dict(metrics))
 
 
+def gauges(run: str) -> Callable[[Mapping[str, float]], None]:
+    """What takes the newest figures to Ray's Prometheus gauges: `train/loss` is `ray_lum_train_loss{run="..."}`."""
+    made: dict[str, Gauge] = {}
+
+    def watch(metrics: Mapping[str, float]) -> None:
+        if not ray.is_initialized():
+            return
+        for name, value in metrics.items():
+            if name not in made:
+                made[name] = Gauge("lum_" + re.sub(r"\W", "_", name), f"{name} of the run", tag_keys=("run",))
+            made[name].set(value, {"run": run})
+
+    return watch
+
+
 def _check(workers: int, gpus: bool) -> None:
-    """Raises UserError where there are fewer CPUs or GPUs than the workers that there must be."""
+    """Raises UserError where there are fewer CPUs or GPUs than the workers that there must be, on a cluster after it had
+    time to grow."""
     if workers == 1:
         if gpus and not torch.cuda.is_available():
-            raise UserError("train: one GPU asked for, but torch sees none on this machine")
+            raise UserError(
+                "train: one GPU asked for (train.device), but torch sees none on this machine; on a cluster submit "
+                "`train`, which gets one, before what reads the checkpoint"
+            )
         return
     if not ray.is_initialized():
         raise UserError(f"train.workers: {workers} workers need a Ray session, but none runs; start one, or set 1")
+    cpus, cards = _resources()
+    if workers <= cpus and (not gpus or workers <= cards):
+        return
+    if os.environ.get("RAY_ADDRESS") and _grows([{"CPU": 1, **({"GPU": 1} if gpus else {})}] * workers):
+        return
+    cpus, cards = _resources()
+    most = min(cpus, cards) if gpus else cpus
+    raise UserError(
+        f"train.workers: {workers} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray "
+        f"session has {cpus} CPUs and {cards} GPUs; set train.workers to at most {most}, or add machines"
+    )
+
+
+def _resources() -> tuple[int, int]:
     found = ray.cluster_resources()
-    cpus, cards = int(found.get("CPU", 0)), int(found.get("GPU", 0))
-    if workers > cpus or (gpus and workers > cards):
-        most = min(cpus, cards) if gpus else cpus
-        raise UserError(
-            f"train.workers: {workers} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray "
-            f"session has {cpus} CPUs and {cards} GPUs; set train.workers to at most {most}, or add machines"
-        )
+    return int(found.get("CPU", 0)), int(found.get("GPU", 0))
+
+
+def _grows(bundles: list[dict[str, float]]) -> bool:
+    """Ask the autoscaler for room and wait for it: Ray Train itself would ask again without end."""
+    group = placement_group(bundles)
+    try:
+        return bool(group.wait(PLACEMENT_WAIT_S))
+    finally:
+        remove_placement_group(group)

@@ -73,12 +73,14 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Worker:
-    """A process of the run. `report` hears of every validation and of the end, on every rank, with the same figures."""
+    """A process of the run. `report` hears of every validation and of the end, on every rank, with the same figures;
+    `watch` hears on rank 0 of every line of the log."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = CPU
     report: Callable[[Mapping[str, float]], None] = lambda metrics: None
+    watch: Callable[[Mapping[str, float]], None] = lambda metrics: None
 
 
 @dataclass
@@ -229,6 +231,7 @@ class _Run:
                 progress.finished = final or progress.stopped_early
                 if metrics and telemetry is not None:
                     telemetry.write(done, metrics)
+                    self.worker.watch({"train/step": done, **metrics})
                 line.show(done, metrics)
                 best = best or (final and self.validation is None)
                 saves = saves or stop or progress.finished

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import ray
 
 from lum_ray.artifacts import UserError
-from lum_ray.training.fit import fit
+from lum_ray.training.fit import fit, gauges
 from lum_ray.training.loop import Worker
 from lum_ray.training.telemetry import read_metrics
 
@@ -46,6 +48,28 @@ def test_one_worker_runs_here_without_a_session(capfd: pytest.CaptureFixture[str
     assert "Reported metrics" not in capfd.readouterr().err
 
 
+def test_what_is_watched_becomes_gauges_by_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, list[Any]] = {}
+
+    class Gauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.values = found.setdefault(name, [])
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            self.values.append((value, tags))
+
+    monkeypatch.setattr("lum_ray.training.fit.Gauge", Gauge)
+    watch = gauges("mine")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    watch({"train/loss": 1.0})
+    assert found == {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    for loss in (2.0, 3.0):
+        watch({"train/loss": loss, "eval/roc-auc": 0.5})
+    assert found["lum_train_loss"] == [(2.0, {"run": "mine"}), (3.0, {"run": "mine"})]
+    assert set(found) == {"lum_train_loss", "lum_eval_roc_auc"}
+
+
 def test_an_error_of_one_worker_comes_as_it_is() -> None:
     def loop(worker: Worker) -> dict[str, Any]:
         raise UserError("data.events: no rows")
@@ -66,6 +90,44 @@ def test_more_workers_than_the_session_has_are_refused(session: None) -> None:
         fit(lambda worker: {}, workers=65)
     with pytest.raises(UserError, match=r"and one GPU, but this Ray session has \d+ CPUs and 0 GPUs; set"):
         fit(lambda worker: {}, workers=2, gpus=True)
+
+
+@pytest.mark.ray
+def test_a_cluster_that_does_not_grow_is_waited_for_and_then_refused(
+    session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "here")
+    monkeypatch.setattr("lum_ray.training.fit.PLACEMENT_WAIT_S", 0.5)
+    with pytest.raises(UserError, match="workers: 65 asked for"):
+        fit(lambda worker: {}, workers=65)
+    assert ray.util.placement_group_table() == {} or all(
+        group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
+    )
+
+
+GROWING = """
+import os, threading, ray
+from ray.cluster_utils import Cluster
+from lum_ray.training import fit
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+ray.init(address=cluster.address, log_to_driver=False)
+os.environ["RAY_ADDRESS"] = cluster.address
+waiting = threading.Thread(target=fit._check, args=(3, False))
+waiting.start()
+cluster.add_node(num_cpus=2)
+waiting.join(60)
+assert not waiting.is_alive()
+print("placed on", int(ray.cluster_resources()["CPU"]))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_a_cluster_that_grows_is_waited_for() -> None:
+    done = subprocess.run([sys.executable, "-c", GROWING], capture_output=True, text=True, timeout=180, cwd=ROOT)
+    assert done.stdout.strip() == "placed on 3", done.stderr
 
 
 @pytest.mark.ray
