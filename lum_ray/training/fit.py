@@ -18,7 +18,7 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from lum_ray.artifacts import UserError, storage
-from lum_ray.training.loop import DivergedError, Worker
+from lum_ray.training.loop import DivergedError, StoppedError, Watch, Worker
 
 MakeLoop = Callable[[Worker], dict[str, Any]]
 
@@ -30,28 +30,32 @@ def fit(
     storage_path: str | None = None,
     name: str = "train",
     max_failures: int = 3,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run `make_loop(worker)` on `workers` processes and return what it returned on rank 0.
 
     `make_loop` builds stage and loader and calls `train_loop`; it is pickled where there are several workers. `gpus`
     gives each worker one GPU. `storage_path` (a URI) keeps Ray's own records, of no use later. A crashed worker
-    restarts the group, `max_failures` times at most. Raises UserError where the session has too few CPUs or GPUs, and
-    whatever user error stopped the loop; else `ray.train.TrainingFailedError`.
+    restarts the group, `max_failures` times at most. `watch` sees and may stop the training. Raises UserError where the session has too few CPUs or GPUs, and
+    whatever user error stopped the loop, `StoppedError` where `watch` did; else `ray.train.TrainingFailedError`.
     """
     _check(workers, gpus)
     if workers == 1:
-        return _alone(make_loop, gpus)
+        return _alone(make_loop, gpus, watch)
+    stop = watch.stop if watch else None
 
     def loop_per_worker() -> dict[str, Any]:
         _quiet()
         context = ray.train.get_context()
         device = ray.train.torch.get_device() if gpus else torch.device("cpu")
-        worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report)
+        worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report, stop)
         try:
             return {"result": make_loop(worker)}
         except DivergedError as error:
             # Raised on all ranks alike, and again after each restart: no failure to recover from.
             return {"user_error": str(error)}
+        except StoppedError as error:
+            return {"stopped": str(error)}
 
     place = storage(storage_path) if storage_path else None
     trainer = TorchTrainer(
@@ -64,6 +68,7 @@ def fit(
             storage_path=place.path if place else None,
             storage_filesystem=place.filesystem if place else None,
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=list(watch.callbacks) if watch else [],
         ),
     )
     try:
@@ -77,15 +82,19 @@ def fit(
         raise
     if "user_error" in outcome:
         raise UserError(outcome["user_error"])
+    if "stopped" in outcome:
+        raise StoppedError(outcome["stopped"])
     result: dict[str, Any] = outcome["result"]
     return result
 
 
-def _alone(make_loop: MakeLoop, gpus: bool) -> dict[str, Any]:
+def _alone(make_loop: MakeLoop, gpus: bool, watch: Watch | None) -> dict[str, Any]:
     _quiet()
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    report = watch.report if watch and watch.report else _report
+    worker = Worker(device=device, report=report, stop=watch.stop if watch else None)
     trainer = TorchTrainer(
-        lambda: make_loop(Worker(device=device, report=_report)),
+        lambda: make_loop(worker),
         scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=gpus),
     )
     result: dict[str, Any] = trainer.fit().return_value
