@@ -20,6 +20,7 @@ from pyarrow import fs
 from lum_ray import config
 from lum_ray.artifacts import commit, digest, find, join, read_json, storage, write_json
 from lum_ray.config import Run
+from lum_ray.steps.train import shaping
 
 State = Literal["unfinished", "finished", "pruned", "failed"]
 
@@ -28,7 +29,8 @@ State = Literal["unfinished", "finished", "pruned", "failed"]
 class Record:
     """A trial. `values`: of the searched settings, none for the run as it is; `value`: of the metric, from prediction
     files where it finished, from its last validation where it was pruned; `curve`: (step, metric) of its validations;
-    `train_s`: seconds of its training steps and validations."""
+    `checkpoint`, `forecasts`: names below the root's `checkpoints/` and `predictions/`; `train_s`: seconds of its training
+    steps and validations."""
 
     key: str
     number: int
@@ -44,8 +46,9 @@ class Record:
 
 
 def key_of(run: Run) -> str:
-    """A trial's name: two ways to the same run are one trial."""
-    plain = config.dump(run)
+    """A trial's name: two ways to the same weights are one trial, on however many workers."""
+    plain = config.dump(run) | {"train": shaping(run)}
+    plain["data"].pop("engine")
     return digest({name: value for name, value in plain.items() if name not in ("root", "serve", "tune")})
 
 

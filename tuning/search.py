@@ -22,7 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from lum_ray import config
-from lum_ray.artifacts import UserError
+from lum_ray.artifacts import UserError, join
 from lum_ray.config import Run
 from tuning.ledger import Ledger, Record, key_of
 from tuning.spaces import Space, value_of
@@ -136,9 +136,10 @@ class Search(Searcher):
         record, trial = self.live.pop(trial_id)
         curve = self.curves.pop(trial_id)
         said = (result or {}).get("state")
-        if said is None and not error and curve:
+        if said is None and not error and result:
+            curve.append((int(result["step"]), float(result[self.metric])))  # Tune hands the last one on here alone
             checkpoint = self.ledger.read(record.key).checkpoint
-            seconds = train_seconds(checkpoint) if checkpoint else 0.0
+            seconds = train_seconds(join(self.run.root, "checkpoints", checkpoint)) if checkpoint else 0.0
             self.ledger.end(record.key, "pruned", value=curve[-1][1], curve=curve, train_s=seconds)
         record = self.ledger.read(record.key)
         self.known[record.key] = record
@@ -147,6 +148,9 @@ class Search(Searcher):
             self.study.tell(trial, record.value if state == TrialState.COMPLETE else None, state=state)
         if said != "stopped":
             self.ended(replace(record, message=record.message or ("crashed too often" if error else "")))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles the searcher beside its own files; the ledger is the truth
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the truth."""
@@ -169,8 +173,7 @@ def params_of(run: Run, space: Space, values: Mapping[str, Any]) -> dict[str, An
 def study_of(run: Run, space: Space, records: list[Record], mode: str, seed: int = 0) -> optuna.Study:
     """An Optuna study that has seen the trials of `records` that are over."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=6,
-                                         warn_independent_sampling=False)  # fmt: skip
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=6)
     study = optuna.create_study(direction="minimize" if mode == "min" else "maximize", sampler=sampler)
     distributions = {path: item.optuna() for path, item in space.distributions.items()}
     for record in records:

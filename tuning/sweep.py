@@ -27,6 +27,7 @@ from lum_ray.steps.prepare import Log, silent
 from lum_ray.steps.session import start_ray
 from tuning.ledger import Ledger, Record, key_of
 from tuning.objective import metric_of
+from tuning.report import conclude
 from tuning.search import Pruner, Search
 from tuning.shapes import Shapes
 from tuning.spaces import Space, load_space
@@ -35,6 +36,7 @@ from tuning.trial import Job, checkpoint_of, run_trial
 VERSION = 1
 MAX_CRASHES = 8
 QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command like any other
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -61,8 +63,9 @@ def tune(run: Run, log: Log = silent, budget_s: float | None = None) -> str:
     began_at = time.time()
     metric, mode = metric_of(run)
     space = load_space(run.tune.space, run)
-    root = storage(run.root).path if storage(run.root).is_local else run.root
-    run = replace(run, root=root)
+    given = run.root
+    root = storage(given).path if storage(given).is_local else given
+    run = replace(run, root=root)  # trials may run in other folders
     base = space.base(run)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -90,9 +93,7 @@ def tune(run: Run, log: Log = silent, budget_s: float | None = None) -> str:
             raise UserError("all trials failed:\n" + "\n".join(messages[:5]))
         log("no trial has finished yet; the same command goes on, with more --budget")
         return uri
-    from tuning.report import conclude
-
-    conclude(run, space, metric, mode, uri, records, log)
+    conclude(run, given, space, metric, mode, uri, records, log)
     return uri
 
 

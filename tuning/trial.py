@@ -74,7 +74,7 @@ def _said(state: str, metric: str, steps_done: int, value: float | None = None) 
 def _train(run: Run, asked: Run, job: Job, shapes: Any, ledger: Ledger, key: str) -> None:
     prepared = steps.prepare(run)
     checkpoint = checkpoint_of(run, prepared)
-    ledger.trains(key, checkpoint)
+    ledger.trains(key, checkpoint.rsplit("/", 1)[-1])
     shared = None
     if run.model == "gts" and run.section.align_steps and run.section.fusion == "qformer":
         shared = align_uri(run, prepared)
@@ -106,7 +106,7 @@ def _train(run: Run, asked: Run, job: Job, shapes: Any, ledger: Ledger, key: str
         raise UserError(f"{job.metric}: not known on the validation cuts, or the model predicts no number")
     curve = [(line["step"], line[job.metric]) for line in read_metrics(checkpoint) if job.metric in line]
     size = sum(tensor.numel() for tensor in load(checkpoint).tensors.values())
-    ledger.end(key, "finished", value=value, forecasts=folder, curve=curve, parameters=size,
+    ledger.end(key, "finished", value=value, forecasts=folder.rsplit("/", 1)[-1], curve=curve, parameters=size,
                train_s=train_seconds(checkpoint) + (train_seconds(shared) if shared else 0.0))  # fmt: skip
 
 
