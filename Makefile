@@ -6,7 +6,7 @@ PEERS ?= .venv-peers
 RUNS ?= runs
 MINUTES ?= 30
 
-.PHONY: demo test test-faults check bench clean env peers
+.PHONY: demo test test-faults check bench tune clean env peers
 
 env: $(VENV)/.installed
 
@@ -49,6 +49,12 @@ bench: env
 	$(BIN)/python -m jobs.bench.quality_lumos --dataset simulator --quick
 	$(BIN)/python -m jobs.bench.ablations_lumos --dataset simulator --only pad --quick
 	$(BIN)/python -m jobs.bench.ablations_gts --dataset simulator --only target --quick
+	$(BIN)/python -m jobs.bench.tune --quick
+
+# Both models on The Complete Journey; at most 25 minutes on two cores. Again: what is there is not done again.
+tune: env
+	$(BIN)/lum-ray tune lumos_demo --root $(RUNS) --space quick --trials 12 --budget 9m
+	$(BIN)/lum-ray tune gts_demo --root $(RUNS) --space quick --trials 12 --budget 13m
 
 clean:
 	rm -rf $(RUNS) build *.egg-info .mypy_cache .ruff_cache .import_linter_cache

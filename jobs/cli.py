@@ -174,7 +174,9 @@ def tune(
     space: Annotated[
         str | None, typer.Option(help="quick, lumos_shape, gts_shape, gts_grid, or a YAML file; default: tune.space")
     ] = None,
-    trials: Annotated[int | None, typer.Option(help="in all, those of earlier calls included; default: tune.trials")] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="in all, those of earlier calls included; default: tune.trials")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="wall time, such as 2h; the same command goes on")] = None,
 ) -> None:
     """Search settings, of the shape of the data too, and write the best as a run file; resumes after any stop."""

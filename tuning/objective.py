@@ -98,4 +98,3 @@ def _gts(run: Run, folders: Mapping[str, str], metric: str) -> tuple[dict[str, F
         result[name] = bootstrap.ratio_resamples(terms, baskets.user_B, weights)
     assert first is not None
     return result, len(first[0])
-

@@ -103,8 +103,7 @@ def heat_map(trials: Trials, across: str, down: str) -> Picture | None:
         source,
         f"Best at {name_of(across)} {_short(columns[best[1]])} and {name_of(down)} {_short(rows[best[0]])}: "
         f"{at[best].value:.4f} (95 % {at[best].low:.4f} to {at[best].high:.4f}); of the other {len(at) - 1} pairs, "
-        f"{inside} have an interval that holds it."
-        + (f" {empty} pairs have no finished trial." if empty else ""),
+        f"{inside} have an interval that holds it." + (f" {empty} pairs have no finished trial." if empty else ""),
     )
 
 

@@ -28,7 +28,7 @@ from tuning.ledger import Ledger, Record, key_of
 from tuning.spaces import Space, value_of
 from tuning.trial import train_seconds
 
-ATTEMPTS = 50
+ATTEMPTS = 20
 MOST_COMBINATIONS = 20_000
 REDUCTION = 3
 

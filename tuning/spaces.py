@@ -35,7 +35,7 @@ ASKED = ("name", "root", "split", "tune", "serve", "train.seed", "train.validate
          "train.micro_batch", "train.zero_stage", "train.checkpoint_every", "train.max_failures")  # fmt: skip
 ASKED_DATA = ("behaviours", "derived", "horizons", "events", "source", "time_zone", "start", "end", "engine",
               "max_reject_share")  # fmt: skip
-MOST_INTS, DRAWS = 4096, 32
+MOST_INTS, DRAWS = 4096, 8
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,10 @@ def value_of(run: Run, path: str) -> Any:
         elif isinstance(place, list) and part.isdigit() and int(part) < len(place):
             place = place[int(part)]
         else:
-            known = [str(part) for part in (place if isinstance(place, dict) else range(len(place)) if isinstance(place, list) else ())]
+            known = [
+                str(part)
+                for part in (place if isinstance(place, dict) else range(len(place)) if isinstance(place, list) else ())
+            ]
             close = difflib.get_close_matches(part, known, n=1)
             hint = f"; did you mean `{close[0]}`?" if close else f"; known there: {', '.join(known[:5]) or 'nothing'}"
             raise UserError(f"{path}: a setting that is not in the run {run.name}{hint}")
@@ -294,9 +297,9 @@ def check(space: Space, run: Run) -> None:
             raise UserError(f"{path}: int: expected at most {MOST_INTS} values, use a choice or a float")
         wrong = [(value, error) for value in distribution.probes() if (error := _refused(space, base, path, value))]
         # a value that does not go with the run's others may go with those of a trial
-        bad = [(value, error) for value, error in wrong[:5] if not _drawn(space, base, path, value, chance)]
+        bad = [(value, error) for value, error in wrong[:3] if not _drawn(space, base, path, value, chance)]
         if bad:
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             shown = ", ".join(str(value) for value, _ in bad)
             raise UserError(f"tune.space: {path} may not be {shown}{more}: {bad[0][1]}")
 
