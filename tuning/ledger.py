@@ -29,8 +29,8 @@ State = Literal["unfinished", "finished", "pruned", "failed"]
 class Record:
     """A trial. `values`: of the searched settings, none for the run as it is; `value`: of the metric, from prediction
     files where it finished, from its last validation where it was pruned; `curve`: (step, metric) of its validations;
-    `checkpoint`, `forecasts`: names below the root's `checkpoints/` and `predictions/`; `train_s`: seconds of its training
-    steps and validations."""
+    `checkpoint`, `forecasts`: names below the root's `checkpoints/` and `predictions/`; `train_s`: seconds of its
+    training steps and validations."""
 
     key: str
     number: int

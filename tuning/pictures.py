@@ -67,7 +67,7 @@ def _values(trials: Trials, path: str) -> list[Any]:
 def heat_map(trials: Trials, across: str, down: str) -> Picture | None:
     """The best finished trial of each pair of values, with its interval over users and how many finished there."""
     columns, rows = _values(trials, across), _values(trials, down)
-    if not 1 < len(columns) * len(rows) or max(len(columns), len(rows)) > MOST_VALUES:
+    if len(columns) * len(rows) < 2 or max(len(columns), len(rows)) > MOST_VALUES:
         return None
     cell: dict[tuple[int, int], list[Record]] = {}
     for record in trials.finished:

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import optuna
@@ -195,7 +194,8 @@ def _entry(
     lines = [
         f"## {datetime.date.today()}: {run.name}, search {space.name} ({uri.rsplit('/', 1)[-1]})", "",
         f"Searched {searched}{f' with {fixed}' if fixed else ''}: {', '.join(states)}, "
-        f"{sum(r.train_s for r in trials.records):,.0f} s of training. Validation, `{trials.metric}`, intervals over users.",
+        f"{sum(r.train_s for r in trials.records):,.0f} s of training. Validation, `{trials.metric}`, intervals over "
+        "users.",
         "", "| trial | settings | value | against the run as it is |", "|---|---|---|---|",
     ]  # fmt: skip
     ranked = sorted(trials.finished, key=lambda r: -trials.sign * float(trials.found[r.key][0]))

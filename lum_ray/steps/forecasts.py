@@ -1,7 +1,7 @@
 """Prediction files of a trained run for the cuts and users of another: so runs of any data shape answer the same.
 
-What is asked (`split`, users, seed of their sample) is the asking run's; how it is answered (histories, tokens, tree) is
-the answering run's. The files are what `evaluate` writes, without baselines.
+What is asked (`split`, users, seed of their sample) is the asking run's; how it is answered (histories, tokens, tree)
+is the answering run's. The files are what `evaluate` writes, without baselines.
 """
 
 from __future__ import annotations

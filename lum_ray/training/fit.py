@@ -36,8 +36,9 @@ def fit(
 
     `make_loop` builds stage and loader and calls `train_loop`; it is pickled where there are several workers. `gpus`
     gives each worker one GPU. `storage_path` (a URI) keeps Ray's own records, of no use later. A crashed worker
-    restarts the group, `max_failures` times at most. `watch` sees and may stop the training. Raises UserError where the session has too few CPUs or GPUs, and
-    whatever user error stopped the loop, `StoppedError` where `watch` did; else `ray.train.TrainingFailedError`.
+    restarts the group, `max_failures` times at most. `watch` sees and may stop the training. Raises UserError where the
+    session has too few CPUs or GPUs, and whatever user error stopped the loop, `StoppedError` where `watch` did; else
+    `ray.train.TrainingFailedError`.
     """
     _check(workers, gpus)
     if workers == 1:

@@ -171,7 +171,7 @@ def test_driver_and_worker_killed_five_times(tmp_path: Path) -> None:
         try:
             for victim in ("worker", "driver"):
                 seen = steps_saved()
-                wait_for(process, lambda seen=seen: steps_saved() >= seen + 40 and trials_below(process.pid))
+                wait_for(process, lambda seen=seen, pid=process.pid: steps_saved() >= seen + 40 and trials_below(pid))
                 time.sleep(chance.random())
                 if victim == "worker":
                     with contextlib.suppress(ProcessLookupError):
