@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import datetime
 import math
@@ -70,7 +71,11 @@ def conclude(
         log("the winner against the run as it is, on the test split")
         contest = _contest(run, base, space, winner, trials.default, metric, records)
     shares = _importance(run, space, records, mode)
-    page = _page(run, space, trials, winner, contest, shares, users, whole)
+    sections = _sections(space, trials, shares)
+    for name, _, picture, _ in sections:
+        if picture:
+            write_bytes(join(uri, f"{name}.svg"), base64.b64decode(picture.source.partition(",")[2]))
+    page = _page(run, space, trials, winner, contest, sections, users, whole)
     write_bytes(join(uri, "report.html"), page.encode())
     for line in _said(trials, winner, contest, whole):
         log(line)
@@ -130,19 +135,13 @@ def _settings(record: Record) -> str:
     return ", ".join(shown) or "the run as it is"
 
 
-def _page(
-    run: Run,
-    space: Space,
-    trials: Trials,
-    winner: Record,
-    contest: Contest | None,
-    shares: Mapping[str, float],
-    users: int,
-    whole: bool,
-) -> str:
+Section = tuple[str, str, Picture | None, str]  # name, heading, picture, why there is none
+
+
+def _sections(space: Space, trials: Trials, shares: Mapping[str, float]) -> list[Section]:
     axes = space.map_of
     missing = "needs a second setting with few values, and finished trials"
-    sections: list[tuple[str, str, Picture | None, str]] = [
+    return [
         ("map", f"{name_of(axes[0]).capitalize()} and {name_of(axes[1])}" if axes else "Heat map",
          pictures.heat_map(trials, *axes) if axes else None, missing),
         ("sensitivity", "What each value is worth", pictures.sensitivity(trials, axes or ()),
@@ -151,6 +150,18 @@ def _page(
          f"needs {FEWEST_TRIALS} finished trials that differ"),
         ("cost", "Cost against quality", pictures.cost(trials), "no trial has finished"),
     ]  # fmt: skip
+
+
+def _page(
+    run: Run,
+    space: Space,
+    trials: Trials,
+    winner: Record,
+    contest: Contest | None,
+    sections: list[Section],
+    users: int,
+    whole: bool,
+) -> str:
     lines = []
     sign = trials.sign
     order = sorted(trials.records, key=lambda r: (r.state != "finished", -sign * _rank(r.value, sign), r.number))
@@ -251,7 +262,8 @@ TEMPLATE = (
 {% for line in said %}<p>{{ line[0]|upper }}{{ line[1:] }}.</p>
 {% endfor %}
 <p class="soft">Trials are compared by {{ metric }} of their prediction files for the same {{ "{:,}".format(users) }}
-users and validation cuts, whatever their data shape; intervals are 95 %, by bootstrap over users. The best of many
+users and validation cuts, whatever their data shape; intervals are 95 %, by bootstrap over users (another seed of the
+same settings varies too, which they do not hold). The best of many
 trials looks better on validation than it is{% if whole %}: the test split says how good{% endif %}.</p>
 {% if fixed %}<p class="soft">In all trials: {% for path, value in fixed.items() %}{{ path }} {{ value }}
 {%- if not loop.last %}, {% endif %}{% endfor %}.</p>{% endif %}
