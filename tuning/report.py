@@ -81,7 +81,7 @@ def conclude(
         log(line)
     log(f"report: {join(uri, 'report.html')}; train the winner with `lum-ray train {join(uri, 'best_run.yaml')}`")
     if whole:
-        _enter(_entry(run, space, trials, winner, contest, shares, uri), uri, log)
+        _enter(_entry(run, space, trials, winner, contest, shares, uri), uri, _search(uri, len(records)), log)
     return winner
 
 
@@ -203,7 +203,7 @@ def _entry(
     searched = ", ".join(f"`{path}`" for path in space.distributions)
     fixed = ", ".join(f"`{path}` {value}" for path, value in space.fixed.items())
     lines = [
-        f"## {datetime.date.today()}: {run.name}, search {space.name} ({uri.rsplit('/', 1)[-1]})", "",
+        f"## {datetime.date.today()}: {run.name}, search {space.name} ({_search(uri, len(trials.records))})", "",
         f"Searched {searched}{f' with {fixed}' if fixed else ''}: {', '.join(states)}, "
         f"{sum(r.train_s for r in trials.records):,.0f} s of training. Validation, `{trials.metric}`, intervals over "
         "users.",
@@ -227,14 +227,18 @@ def _entry(
     return "\n".join(lines) + "\n"
 
 
-def _enter(entry: str, uri: str, log: Log) -> None:
+def _search(uri: str, trials: int) -> str:
+    return f"{uri.rsplit('/', 1)[-1]}, {trials} trials"
+
+
+def _enter(entry: str, uri: str, search: str, log: Log) -> None:
     """Put the entry at the top of `tuning/LOG.md` where the command runs in the repository, and beside the report."""
     write_bytes(join(uri, "log.md"), entry.encode())
     if not os.path.exists(LOG):
         return
     with open(LOG, encoding="utf-8") as stream:
         text = stream.read()
-    if uri.rsplit("/", 1)[-1] in text:
+    if search in text:
         return
     head, mark, rest = text.partition("\n## ")
     with open(LOG, "w", encoding="utf-8") as stream:

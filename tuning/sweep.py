@@ -34,7 +34,8 @@ from tuning.spaces import Space, load_space
 from tuning.trial import Job, checkpoint_of, run_trial
 
 VERSION = 1
-MAX_CRASHES = 8
+MAX_CRASHES = 5
+WAITING_BYTES = 200_000_000
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -85,7 +86,11 @@ def tune(run: Run, log: Log = silent, budget_s: float | None = None) -> str:
         row = rows(metric, mode, run.tune.trials, before, log)
         search = Search(run, space, ledger, metric, mode, run.tune.trials, deadline, row)
         scheduler = _scheduler(run, base, space, metric, mode, before)
-        _run(search, scheduler, base, ledger, metric, deadline, parallel, resources)
+        crashes = _run(search, scheduler, base, ledger, metric, deadline, parallel, resources)
+        for crash in crashes[:5]:
+            log(f"a trial crashed {MAX_CRASHES} times and stays unfinished: {str(crash).strip().splitlines()[-1]}")
+        if crashes and not any(record.state != "unfinished" for record in ledger.records()):
+            raise crashes[0]
     records = ledger.records()
     if not any(record.state == "finished" for record in records):
         messages = [f"{record.key}: {record.message}" for record in records if record.state == "failed"]
@@ -111,8 +116,8 @@ def places(run: Run) -> tuple[int, dict[str, float]]:
         )
     parallel = asked or most
     if workers > 1:
-        # the trial itself only waits for its workers, which take CPUs of their own; Tune refuses 0
-        return parallel, {"CPU": 0.05}
+        # the trial itself only waits for its workers, which take all the CPUs; Tune refuses a trial that takes nothing
+        return parallel, {"memory": float(WAITING_BYTES)}
     return parallel, {"CPU": float(max(1, cpus // parallel)), **({"GPU": 1.0} if cards else {})}
 
 
@@ -133,7 +138,8 @@ def _run(
     deadline: float,
     parallel: int,
     resources: dict[str, float],
-) -> None:
+) -> list[BaseException]:
+    """Run the search, and return what trials crashed with."""
     shapes = Shapes.remote()
     job = Job(json.dumps(config.dump(base)), ledger.uri, metric, deadline, os.getcwd())
 
@@ -143,7 +149,7 @@ def _run(
     # Tune's own files are of no use later, see `ledger`; without checkpoints of Tune's no worker reads them either
     with tempfile.TemporaryDirectory(prefix="lum-ray-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = ray_tune.Tuner(
-            ray_tune.with_resources(trial, resources),
+            ray_tune.with_resources(trial, ray_tune.PlacementGroupFactory([resources])),
             tune_config=ray_tune.TuneConfig(
                 search_alg=search,
                 scheduler=scheduler,
@@ -160,8 +166,9 @@ def _run(
                 failure_config=ray_tune.FailureConfig(max_failures=MAX_CRASHES),
             ),
         )
-        tuner.fit()
+        crashes = list(tuner.fit().errors)
     ray.kill(shapes)
+    return crashes
 
 
 def rows(metric: str, mode: str, trials: int, before: list[Record], log: Log) -> Callable[[Record], None]:

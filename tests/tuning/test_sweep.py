@@ -47,7 +47,7 @@ def command(preset: str, root: Path, space: Path, trials: int, *options: str) ->
 
 
 def start(arguments: list[str], place: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(arguments, cwd=place, env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)  # fmt: skip
 
@@ -89,7 +89,8 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     space.write_text(SPACE)
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "LOG.md").write_text("# Tuning log\n\nNewest first.\n\n## 2020-01-01: old\n\nx\n")
-    arguments = command("gts_tiny", root, space, 4, "--set", "data.source.options.users=60")
+    small = ["data.source.options.users=40", "data.source.options.items=40"]
+    arguments = command("gts_tiny", root, space, 4, *(part for one in small for part in ("--set", one)))
     process = start(arguments, tmp_path)
     try:
         wait_for(process, lambda: list(root.glob("tune/*/trials/*/manifest.json")))
@@ -120,7 +121,7 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     assert log.index(uri.name) < log.index("## 2020-01-01: old")
     best = max(records, key=lambda record: record.value or 0.0)
     run = load(str(uri / "best_run.yaml"), None, None)
-    given = load("gts_tiny", str(root), ["data.engine=local", "tune.prune=false", "data.source.options.users=60"])
+    given = load("gts_tiny", str(root), ["data.engine=local", "tune.prune=false", *small])
     space_read = load_space(str(space), given)
     assert run.section == space_read.apply(given, best.values).section
     # trained as it is: the winner's own checkpoint answers
