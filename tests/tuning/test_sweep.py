@@ -89,7 +89,7 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     space.write_text(SPACE)
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "LOG.md").write_text("# Tuning log\n\nNewest first.\n\n## 2020-01-01: old\n\nx\n")
-    small = ["data.source.options.users=40", "data.source.options.items=40"]
+    small = ["data.source.options.users=60"]
     arguments = command("gts_tiny", root, space, 4, *(part for one in small for part in ("--set", one)))
     process = start(arguments, tmp_path)
     try:
