@@ -8,7 +8,7 @@ RUNS ?= runs
 MINUTES ?= 30
 SCHEMAS ?= ../shared/schemas/kuberay
 
-.PHONY: demo test test-faults check check-manifests bench clean env peers
+.PHONY: demo test test-faults check check-manifests bench tune clean env peers
 
 env: $(VENV)/.installed
 
@@ -65,6 +65,12 @@ bench: env
 	$(BIN)/python -m jobs.bench.prepare --quick
 	$(BIN)/python -m jobs.bench.bytes --quick
 	$(BIN)/python -m jobs.bench.loader --quick --peers $(STREAMING)/bin/python
+	$(BIN)/python -m jobs.bench.tune --quick
+
+# Both models on The Complete Journey; at most 25 minutes on two cores. Again: what is there is not done again.
+tune: env
+	$(BIN)/lum-ray tune lumos_demo --root $(RUNS) --space quick --trials 12 --budget 9m
+	$(BIN)/lum-ray tune gts_demo --root $(RUNS) --space quick --trials 12 --budget 13m
 
 clean:
 	rm -rf $(RUNS) build *.egg-info .mypy_cache .ruff_cache .import_linter_cache

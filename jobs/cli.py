@@ -179,6 +179,29 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    run: RunFile,
+    root: Root = None,
+    set_: Set = None,
+    space: Annotated[
+        str | None, typer.Option(help="quick, lumos_shape, gts_shape, gts_grid, or a YAML file; default: tune.space")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="in all, those of earlier calls included; default: tune.trials")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="wall time, such as 2h; the same command goes on")] = None,
+) -> None:
+    """Search settings, of the shape of the data too, and write the best as a run file; resumes after any stop."""
+    from tuning.sweep import seconds
+    from tuning.sweep import tune as search
+
+    named = {"tune.space": space, "tune.trials": trials}
+    extra = [f"{path}={value}" for path, value in named.items() if value is not None]
+    limit = seconds(budget) if budget is not None else None
+    done(search(load(run, root, [*(set_ or []), *extra]), say, limit))
+
+
+@app.command()
 def audit(
     run: RunFile,
     root: Root = None,

@@ -17,7 +17,7 @@ SECTIONS = {
     "lumos": "The model. Fields that are not here have the paper's value.",
     "gts": "The model. Fields that are not here have the paper's value, or that of HLLM where it gives none.",
     "train": "batch: windows in a global step, whatever the number of workers.",
-    "tune": None,
+    "tune": "space: quick, lumos_shape, gts_shape, gts_grid or a YAML file; metric: null for the model's own.",
     "serve": None,
 }
 FIELDS = {

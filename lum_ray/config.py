@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from lum_ray.artifacts import UserError
+from lum_ray.artifacts import UserError, read_bytes
 from lum_ray.run import (
     Behaviour,
     Calendar,
@@ -213,10 +213,10 @@ def read_run(raw: Any, sections: Mapping[str, type]) -> Run:
 
 
 def load(path: str, assignments: Sequence[str], sections: Mapping[str, type]) -> Run:
-    """The run of a YAML file with overrides. Raises UserError for a missing file, bad YAML, or a bad value."""
+    """The run of a YAML file (a path or URI) with overrides. Raises UserError for a missing file, bad YAML, or a bad
+    value."""
     try:
-        with open(path, encoding="utf-8") as stream:
-            raw = _parse(stream.read(), path)
+        raw = _parse(read_bytes(path).decode(), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such run file; write one with `lum-ray init lumos_demo > {path}`") from None
     return read_run(override(raw, assignments) if isinstance(raw, dict) else raw, sections)

@@ -336,9 +336,22 @@ class Train:
 
 @dataclass(frozen=True)
 class Tune:
+    """A search over settings of the run. `space`: the name of one, or a YAML file; `metric`: of the validation, None
+    for the model's own; `parallel`: trials at once, None for as many as the machines take; `prune`: whether trials
+    that fall behind are stopped (ASHA)."""
+
     __pydantic_config__: ClassVar = STRICT
     space: str = "quick"
     trials: int = 12
+    metric: str | None = None
+    parallel: int | None = None
+    prune: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Searches over a run's settings with Ray Tune: spaces, the sweep, what it leaves behind."""

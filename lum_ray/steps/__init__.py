@@ -22,6 +22,7 @@ from lum_ray.steps import predict as _predict
 from lum_ray.steps import prepare as _prepare
 from lum_ray.steps import train as _train
 from lum_ray.steps.prepare import Log, pinned, prepare_timelines, silent
+from lum_ray.training.loop import Watch
 
 __all__ = ["compact", "describe", "evaluate", "forget", "open_predictor", "predict", "prepare", "publish", "train"]
 
@@ -45,9 +46,9 @@ def describe(run: Run, prepared: Any) -> dict[str, Any]:
     return _gts_prepare.describe_gts(prepared) if run.model == "gts" else _prepare.describe(run, prepared)
 
 
-def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
-    """Train a run, or go on where it was stopped, and return the checkpoint's URI."""
-    return (_gts_train.train_gts if run.model == "gts" else _train.train)(pinned(run, log), log, fresh)
+def train(run: Run, log: Log = silent, fresh: bool = False, watch: Watch | None = None) -> str:
+    """Train a run, or go on where it was stopped, and return the checkpoint's URI; `watch` may stop it."""
+    return (_gts_train.train_gts if run.model == "gts" else _train.train)(pinned(run, log), log, fresh, watch)
 
 
 def evaluate(run: Run, log: Log = silent, max_users: int | None = None) -> Any:

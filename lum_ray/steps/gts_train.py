@@ -29,7 +29,7 @@ from lum_ray.steps.session import training_session
 from lum_ray.steps.train import commit_checkpoint, shaping
 from lum_ray.training.collectives import gather_columns
 from lum_ray.training.fit import fit
-from lum_ray.training.loop import Worker, train_loop
+from lum_ray.training.loop import Watch, Worker, train_loop
 
 ALIGN_VERSION, MODEL_VERSION = 10, 13
 """Part of the digests of Phase I's and Phase II's checkpoints: raised whenever the same settings train otherwise."""
@@ -56,8 +56,11 @@ def align_uri(run: Run, prepared: GtsPrepared) -> str:
     return join(run.root, "checkpoints", f"{run.name}-align-{name}")
 
 
-def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
-    """Train both phases, or go on where it was stopped, and return the checkpoint's URI."""
+def train_gts(run: Run, log: Log = silent, fresh: bool = False, watch: Watch | None = None) -> str:
+    """Train both phases, or go on where it was stopped, and return the checkpoint's URI.
+
+    `watch` may stop either phase, and hears of Phase II's validations alone.
+    """
     prepared = prepare_gts(run, log)
     uri = checkpoint_uri(run, prepared)
     aligned = align_uri(run, prepared) if run.section.align_steps and run.section.fusion == "qformer" else None
@@ -77,13 +80,14 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False) -> str:
         outcome = fit(
             lambda worker: _align_loop(plain, uris, aligned, worker), run.train.workers, gpus, None,
             f"{run.name}-align", run.train.max_failures, run.train.min_workers,
+            watch=watch.unheard() if watch else None,
         )  # fmt: skip
         commit_checkpoint(aligned, outcome)
     log(f"Phase II: {run.train.steps} steps of {run.train.batch} histories, {run.train.workers} worker(s)")
     _record(run, prepared, uri, aligned, llm)
     outcome = fit(
         lambda worker: _loop(plain, uris, uri, aligned, worker), run.train.workers, gpus, None, run.name,
-        run.train.max_failures, run.train.min_workers,
+        run.train.max_failures, run.train.min_workers, watch=watch,
     )  # fmt: skip
     commit_checkpoint(uri, outcome)
     return uri

@@ -24,7 +24,7 @@ from lum_ray.steps.prepare import Log, Prepared, cut_plan, fit_until, prepare, s
 from lum_ray.steps.session import training_session
 from lum_ray.training.collectives import gather_columns
 from lum_ray.training.fit import fit
-from lum_ray.training.loop import Worker, train_loop
+from lum_ray.training.loop import Watch, Worker, train_loop
 
 REFERENCE_CUTS = 2000
 
@@ -60,10 +60,11 @@ def checkpoint_uri(run: Run, prepared: Prepared) -> str:
     return join(run.root, "checkpoints", f"{run.name}-{name}")
 
 
-def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
+def train(run: Run, log: Log = silent, fresh: bool = False, watch: Watch | None = None) -> str:
     """Train a run, or go on where it was stopped, and return the checkpoint's URI. A finished one is returned as it is.
 
-    `fresh` trains anew. Raises UserError before workers start where the run or the data are at fault.
+    `fresh` trains anew; `watch` looks on, and may stop it. Raises UserError before workers start where the run or the
+    data are at fault.
     """
     prepared = prepare(run, log)
     uri = checkpoint_uri(run, prepared)
@@ -80,7 +81,9 @@ def train(run: Run, log: Log = silent, fresh: bool = False) -> str:
         return _loop(plain, uris, uri, worker)
 
     log(f"training {run.train.steps} steps of {run.train.batch} windows, {run.train.workers} worker(s)")
-    outcome = fit(make_loop, run.train.workers, gpus, None, run.name, run.train.max_failures, run.train.min_workers)
+    outcome = fit(
+        make_loop, run.train.workers, gpus, None, run.name, run.train.max_failures, run.train.min_workers, watch=watch
+    )
     commit_checkpoint(uri, outcome)
     return uri
 

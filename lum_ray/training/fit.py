@@ -22,7 +22,7 @@ from ray.util.metrics import Gauge
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from lum_ray.artifacts import UserError, storage
-from lum_ray.training.loop import DivergedError, Worker
+from lum_ray.training.loop import DivergedError, StoppedError, Watch, Worker
 
 RESIZE_S = 60.0
 """A resize restarts the workers from the last checkpoint, so it should not come too often."""
@@ -42,6 +42,7 @@ def fit(
     max_failures: int = 3,
     min_workers: int | None = None,
     peers_timeout_s: int = PEERS_TIMEOUT_S,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run `make_loop(worker)` on `workers` processes and return what it returned on rank 0.
 
@@ -49,23 +50,27 @@ def fit(
     gives each worker one GPU. `storage_path` (a URI) keeps Ray's own records, of no use later. A crashed worker
     restarts the group, `max_failures` times at most; so does one that hangs, once the others have waited
     `peers_timeout_s` for it. With `min_workers` it starts again with as many workers as there is room for, at least
-    these, and is resized when machines come. Raises UserError where the session has too few CPUs or GPUs (a cluster may
-    take PLACEMENT_WAIT_S to add them), and whatever user error stopped the loop; else `ray.train.TrainingFailedError`.
+    these, and is resized when machines come. `watch` sees and may stop the training. Raises UserError where the session
+    has too few CPUs or GPUs (a cluster may take PLACEMENT_WAIT_S to add them), and whatever user error stopped the
+    loop, `StoppedError` where `watch` did; else `ray.train.TrainingFailedError`.
     """
     _check(workers if min_workers is None else min_workers, gpus)
     if workers == 1:
-        return _alone(make_loop, gpus, name)
+        return _alone(make_loop, gpus, name, watch)
+    stop = watch.stop if watch else None
 
     def loop_per_worker() -> dict[str, Any]:
         _quiet()
         context = ray.train.get_context()
         device = ray.train.torch.get_device() if gpus else torch.device("cpu")
-        worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report, gauges(name))
+        worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report, gauges(name), stop)
         try:
             return {"result": make_loop(worker)}
         except DivergedError as error:
             # Raised on all ranks alike, and again after each restart: no failure to recover from.
             return {"user_error": str(error)}
+        except StoppedError as error:
+            return {"stopped": str(error)}
 
     place = storage(storage_path) if storage_path else None
     trainer = TorchTrainer(
@@ -82,6 +87,7 @@ def fit(
             storage_path=place.path if place else None,
             storage_filesystem=place.filesystem if place else None,
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=list(watch.callbacks) if watch else [],
         ),
     )
     try:
@@ -95,15 +101,19 @@ def fit(
         raise
     if "user_error" in outcome:
         raise UserError(outcome["user_error"])
+    if "stopped" in outcome:
+        raise StoppedError(outcome["stopped"])
     result: dict[str, Any] = outcome["result"]
     return result
 
 
-def _alone(make_loop: MakeLoop, gpus: bool, name: str) -> dict[str, Any]:
+def _alone(make_loop: MakeLoop, gpus: bool, name: str, watch: Watch | None) -> dict[str, Any]:
     _quiet()
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    report = watch.report if watch and watch.report else _report
+    worker = Worker(device=device, report=report, log=gauges(name), stop=watch.stop if watch else None)
     trainer = TorchTrainer(
-        lambda: make_loop(Worker(device=device, report=_report, watch=gauges(name))),
+        lambda: make_loop(worker),
         scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=gpus),
     )
     result: dict[str, Any] = trainer.fit().return_value
@@ -135,8 +145,8 @@ def gauges(run: str) -> Callable[[Mapping[str, float]], None]:
 
 
 def _check(workers: int, gpus: bool) -> None:
-    """Raises UserError where there are fewer CPUs or GPUs than the workers that there must be, on a cluster after it had
-    time to grow."""
+    """Raises UserError where there are fewer CPUs or GPUs than the workers that there must be, on a cluster
+    after it had time to grow."""
     if workers == 1:
         if gpus and not torch.cuda.is_available():
             raise UserError(

@@ -54,6 +54,10 @@ class DivergedError(UserError):
     """The objective or its gradient is not finite. Every rank raises it at the same step."""
 
 
+class StoppedError(Exception):
+    """The run was asked to stop (`Worker.stop`), and has saved its state: the same call goes on from there."""
+
+
 class LoaderStep(Protocol):
     """One rank's share of a global step. `index` counts steps from 0."""
 
@@ -74,13 +78,35 @@ class Loader(Protocol):
 @dataclass(frozen=True)
 class Worker:
     """A process of the run. `report` hears of every validation and of the end, on every rank, with the same figures;
-    `watch` hears on rank 0 of every line of the log."""
+    `log` hears on rank 0 of every line of the log.
+
+    `stop` is asked before each step; as soon as one rank's says yes, all finish the step, save it, and raise
+    `StoppedError`.
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = CPU
     report: Callable[[Mapping[str, float]], None] = lambda metrics: None
-    watch: Callable[[Mapping[str, float]], None] = lambda metrics: None
+    log: Callable[[Mapping[str, float]], None] = lambda metrics: None
+    stop: Callable[[], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on while a run trains: a search, which prunes and has a budget.
+
+    `report` hears of each validation in the process of a run of one worker; the group of a run of several is watched by
+    `callbacks` of Ray Train. `stop`: see `Worker`; it travels to the workers.
+    """
+
+    report: Callable[[Mapping[str, float]], None] | None = None
+    stop: Callable[[], bool] | None = None
+    callbacks: tuple[Any, ...] = ()
+
+    def unheard(self) -> Watch:
+        """The same for a phase whose figures say nothing about the whole."""
+        return Watch(lambda metrics: None, self.stop)
 
 
 @dataclass
@@ -115,7 +141,8 @@ def train_loop(
     `validation(module)` runs on every rank each `validate_every` steps and after the last; rank 0's metrics count.
     With `patience` n the run stops after n validations in a row without a new best `keep_best`. Without a validation
     the best weights are the last. Returns step, best_step, best_value, metrics, stopped_early, resumed_from, uri, the
-    same on every rank. Ctrl-C and SIGTERM finish the step and save it, then raise KeyboardInterrupt or SystemExit(143).
+    same on every rank. Ctrl-C and SIGTERM finish the step and save it, then raise KeyboardInterrupt or SystemExit(143);
+    `worker.stop` does so with `StoppedError`.
     Raises UserError where the objective is not finite (`DivergedError`), `keep_best` is not among the metrics, or the
     checkpoint cannot be resumed.
     """
@@ -215,7 +242,8 @@ class _Run:
         iterator = iter(self.loader.seek(progress.step))
         try:
             while not progress.finished:
-                votes = self._step(iterator, bool(received))
+                asked = bool(received) or (self.worker.stop is not None and self.worker.stop())
+                votes = self._step(iterator, asked)
                 done = progress.step
                 final = done == settings.steps
                 logs = final or done % self.log_every == 0
@@ -225,13 +253,13 @@ class _Run:
                     self._check_finite()
                 # Reading the votes waits for the device: on a GPU only where the loop waits anyway.
                 watched = self.worker.device.type == "cpu" or logs or self.worker.world == 1
-                stop = watched and (bool(received) if self.worker.world == 1 else votes.item() > 0)
+                stop = watched and (asked or bool(received) if self.worker.world == 1 else votes.item() > 0)
                 metrics: Metrics = self._logged() if logs else {}
                 best = self._validate(metrics) if validates else False
                 progress.finished = final or progress.stopped_early
                 if metrics and telemetry is not None:
                     telemetry.write(done, metrics)
-                    self.worker.watch({"train/step": done, **metrics})
+                    self.worker.log({"train/step": done, **metrics})
                 line.show(done, metrics)
                 best = best or (final and self.validation is None)
                 saves = saves or stop or progress.finished
@@ -245,6 +273,8 @@ class _Run:
                     self.writer.join()
                     if signal.SIGTERM in received:
                         raise SystemExit(128 + signal.SIGTERM)
+                    if self.worker.stop is not None and not received:
+                        raise StoppedError(f"{self.place}: stopped at step {done} of {settings.steps}")
                     raise KeyboardInterrupt
         finally:
             close = getattr(iterator, "close", None)
