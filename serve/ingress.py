@@ -127,7 +127,11 @@ def create_app(
     @app.get("/", include_in_schema=False)
     async def playground() -> Response:
         # read anew, so that the page can be worked on beside a server
-        headers = {"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+        headers = {
+            "Content-Security-Policy": PAGE_POLICY,
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }
         return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/v1/models", response_model=ModelsResponse, responses={503: REFUSALS[503]}, tags=["models"])

@@ -86,8 +86,10 @@ def latest(uri: str) -> dict[str, str]:
 
 
 def point(uri: str, **to: str | None) -> None:
-    """Let the pointer at `uri` say `state` or `checkpoint`; what is None stays as it is."""
-    write_json(uri, {**latest(uri), **{name: value for name, value in to.items() if value}})
+    """Let the pointer at `uri` say `state` or `checkpoint`; what is None stays as it is. Local paths are made absolute,
+    since servers have other working folders."""
+    given = {name: value if "://" in value else os.path.abspath(value) for name, value in to.items() if value}
+    write_json(uri, {**latest(uri), **given})
 
 
 def _to_batch(rows: Rows) -> pa.RecordBatch:

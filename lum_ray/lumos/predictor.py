@@ -304,7 +304,9 @@ class Predictor:
         inputs = self.stage.inputs
         daily, over = functionals(self.stage.module, outputs)
         width = inputs.daily
-        weights = outputs["attention_BCFT"].cpu().numpy().astype(float).round(6) if "attention_BCFT" in outputs else None
+        weights = (
+            outputs["attention_BCFT"].cpu().numpy().astype(float).round(6) if "attention_BCFT" in outputs else None
+        )
 
         def values(source: Mapping[str, Floats], place: tuple[int, ...], term: int) -> Values:
             named = {name: float(source[name][place]) for name in (("p",) if inputs.binary[term] else FUNCTIONALS)}

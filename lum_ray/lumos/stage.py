@@ -111,9 +111,7 @@ class LumosStage:
             "user": rows.user[row],  # for the log; no model reads it
         }
 
-    def futures(
-        self, rows: Rows, row_B: Int64, cuts_BC: Int64, calendars: Sequence[Calendar]
-    ) -> tuple[Floats, Int64]:
+    def futures(self, rows: Rows, row_B: Int64, cuts_BC: Int64, calendars: Sequence[Calendar]) -> tuple[Floats, Int64]:
         """(event_rows_ES, future_event_BCX): the days from each cut on, each of the C seen through its own calendar."""
         ahead = self.inputs.days_ahead(self.config.future_days)
         found_ES: list[Floats] = []

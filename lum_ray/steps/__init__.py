@@ -49,9 +49,9 @@ def predict(run: Run, *args: Any, **keywords: Any) -> str:
     return (_gts_predict.predict_gts if run.model == "gts" else _predict.predict)(run, *args, **keywords)
 
 
-def publish(run: Run, log: Log = silent) -> str:
+def publish(run: Run, log: Log = silent, checkpoint: str | None = None) -> str:
     """Write the snapshot of histories that a server looks users up in; see `steps.predict`."""
-    return (_gts_predict.publish_gts if run.model == "gts" else _predict.publish)(run, log)
+    return (_gts_predict.publish_gts if run.model == "gts" else _predict.publish)(run, log, checkpoint)
 
 
 def open_predictor(run: Run, *args: Any, **keywords: Any) -> Any:
