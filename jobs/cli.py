@@ -273,9 +273,7 @@ def serve(
         endpoints.append(Endpoint(weights, state, pointer(one.root, one.name), serve=one.serve))
     start_ray()
     server = start_server(endpoints)
-    say(
-        f"serving at {server.url}, a page to try it at {server.url}/, its description at {server.url}/docs; Ctrl-C ends it"
-    )
+    say(f"serving at {server.url}, with a page to try it; its description is at {server.url}/docs; Ctrl-C ends it")
     done(server.url)
     until_signal(server)
 

@@ -45,21 +45,14 @@ def run_lumos_demo(run: Run, say: Callable[[str], None]) -> None:
         user = User(user=State.open(state_uri).users()[0])
         with Client(server.url) as client:
             answer = client.predict([user]).model_dump(mode="json")
-            _show(
-                say,
-                f"POST {server.url}/v1/lumos/predict",
-                {"users": [user.model_dump(exclude_unset=True)]},
-                _headline(answer),
-            )
+            asked: dict[str, Any] = {"users": [user.model_dump(exclude_unset=True)]}
+            _show(say, f"POST {server.url}/v1/lumos/predict", asked, _headline(answer))
             info = client.models()[0]
             day = answer["answers"][0]["days"][3]["day"]
             kind = next(name for name in info.event_types if name == "holiday" or name == info.event_types[-1])
             scenario = [CalendarRow(event_type=kind, start_day=day)]
             changed = client.what_if([user], [scenario]).model_dump(mode="json")
-            asked = {
-                "users": [user.model_dump(exclude_unset=True)],
-                "scenarios": [[row.model_dump(exclude_unset=True) for row in scenario]],
-            }
+            asked["scenarios"] = [[row.model_dump(exclude_unset=True) for row in scenario]]
             _show(say, f"POST {server.url}/v1/lumos/what-if", asked, _difference(changed, 3))
     finally:
         server.stop()

@@ -74,7 +74,7 @@ def check_exposure(host: str, tokens: str | None, allow_anonymous: bool) -> None
     if tokens or allow_anonymous or host in ("127.0.0.1", "::1", "localhost"):
         return
     raise UserError(
-        f"serve.host: {host} can be reached by others, and there are no tokens; set serve.tokens (see `lum-ray token`), "
+        f"serve.host: {host} can be reached by others, and there are no tokens; set serve.tokens (see `lum-ray token`) "
         "or serve.allow_anonymous: true where something in front checks who asks"
     )
 

@@ -1,5 +1,5 @@
-"""What travels over HTTP to and from LUMOS, and what both models share: requests (strict: unknown fields are refused), answers, and the one shape of an
-error. GTS-LUM's own are in `gts_types`.
+"""What travels over HTTP to and from LUMOS, and what both models share: requests (strict: unknown fields are refused),
+answers, and the one shape of an error. GTS-LUM's own are in `gts_types`.
 
 Days are ISO dates where the model's run file uses dates, day numbers otherwise. The client reads answers with the same
 types that the server documents at /docs.
@@ -274,8 +274,8 @@ class FoundResponse(BaseModel):
 
 
 class ModelInfo(Model):
-    """What a client must know of a model. `model` is `lumos` or `gts`; `end_day` is the cut of a request that names none;
-    `refused` says why a newer checkpoint or snapshot that was published is not taken."""
+    """What a client must know of a model. `model` is `lumos` or `gts`; `end_day` is the cut of a request that names
+    none; `refused` says why a newer checkpoint or snapshot that was published is not taken."""
 
     model: str
     end_day: int | str

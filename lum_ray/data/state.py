@@ -75,7 +75,7 @@ def pointer(root: str, run: str) -> str:
 
 
 def latest(uri: str) -> dict[str, str]:
-    """What the pointer at `uri` says: URIs by `state` and `checkpoint`, of which any may be missing. Raises UserError."""
+    """What the pointer at `uri` says: URIs by `state` and `checkpoint`, each where it is said. Raises UserError."""
     try:
         found = read_json(uri)
     except FileNotFoundError:
