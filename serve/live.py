@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +33,12 @@ class Target(NamedTuple):
         """What the pointer says, and for the rest this."""
         found = latest(pointer) if pointer else {}
         return Target(found.get("checkpoint") or self.checkpoint, found.get("state") or self.state)
+
+
+class _Refused(NamedTuple):
+    target: Target
+    message: str
+    at_s: float
 
 
 class Loader:
@@ -75,10 +82,12 @@ class Live:
     the processor; a new model is loaded in another.
     """
 
-    def __init__(self, load: Callable[[Target], Model], target: Target, pointer: str | None = None) -> None:
+    def __init__(
+        self, load: Callable[[Target], Model], target: Target, pointer: str | None = None, again_s: float = 60.0
+    ) -> None:
         """Loads what the pointer says, or else `target`. Raises UserError where neither can be."""
-        self._load, self._target, self._pointer = load, target, pointer
-        self._refused: tuple[Target, str] | None = None
+        self._load, self._target, self._pointer, self._again_s = load, target, pointer, again_s
+        self._refused: _Refused | None = None
         self._now = target.newest(pointer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict")
         try:
@@ -90,7 +99,7 @@ class Live:
             self._now, self._model = target, load(target)
 
     def info(self) -> Mapping[str, Any]:
-        refused = self._refused[1] if self._refused else None
+        refused = self._refused.message if self._refused else None
         return {**self._model.info, "state": self._now.state, "refused": refused}
 
     async def reply(self, method: str, bodies: list[Body]) -> list[Reply]:
@@ -101,13 +110,14 @@ class Live:
     async def refresh(self) -> bool:
         """Take what the pointer says, if it says something else; whether the model is another now.
 
-        What is refused is told (`info`) and not tried again until the pointer changes.
+        What is refused is told (`info`), and tried again when the pointer changes or `again_s` have passed.
         """
         target = await asyncio.to_thread(self._target.newest, self._pointer)
         if target == self._now:
             self._refused = None
             return False
-        if self._refused and self._refused[0] == target:
+        refused = self._refused
+        if refused and refused.target == target and time.monotonic() < refused.at_s + self._again_s:
             return False
         try:
             model = await asyncio.to_thread(self._load, target)
@@ -132,7 +142,7 @@ class Live:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _refuse(self, target: Target, error: UserError) -> None:
-        self._refused = (target, str(error))
+        self._refused = _Refused(target, str(error), time.monotonic())
         log.error("refused, serving what there is: %s", error)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
