@@ -271,8 +271,8 @@ def run(
     have = ray.cluster_resources().get("CPU", 0.0)
     if needed > have:
         raise UserError(
-            f"serve.replicas: {replicas} of models need {needed:g} CPUs with the ingress, Ray has {have:g}; take fewer "
-            "or give it more"
+            f"serve.replicas: {replicas} of models need {needed:g} CPUs with the ingress, Ray has {have:g}; "
+            "take fewer, or give it more"
         )
     port = _bindable(host, port)
     # what is wrong with a checkpoint is said here in a second, rather than by a replica after three attempts
