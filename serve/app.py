@@ -157,8 +157,6 @@ def build(endpoints: Sequence[Endpoint]) -> serve.Application:
     Raises UserError where nothing is at a URI, and where the tokens cannot be read.
     """
     settings = endpoints[0].serve
-    limits = Limits(max_users=settings.max_users, timeout_s=settings.timeout_s)
-    tokens = read_tokens(settings.tokens) if settings.tokens else ()
     models, most = {}, {}
     for endpoint in map(_absolute, endpoints):
         kind = kind_of(endpoint.checkpoint)
@@ -167,6 +165,15 @@ def build(endpoints: Sequence[Endpoint]) -> serve.Application:
         if endpoint.state:
             open_artifact(endpoint.state)
         models[kind], most[kind] = _deployment(kind, endpoint, settings), endpoint.serve.max_batch
+    return in_front(models, most, settings)
+
+
+def in_front(
+    models: Mapping[str, serve.Application], max_batch: Mapping[str, int], settings: config.Serve
+) -> serve.Application:
+    """The ingress over the deployments of `models`. Raises UserError where the tokens cannot be read."""
+    limits = Limits(max_users=settings.max_users, timeout_s=settings.timeout_s)
+    tokens = read_tokens(settings.tokens) if settings.tokens else ()
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",
@@ -176,7 +183,8 @@ def build(endpoints: Sequence[Endpoint]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.timeout_s,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
     )
-    return ingress.bind(models, most, limits, tokens, settings.requests_per_s / settings.ingress_replicas)
+    # a token may ask either replica, so each allows its part
+    return ingress.bind(models, max_batch, limits, tokens, settings.requests_per_s / settings.ingress_replicas)
 
 
 def _deployment(kind: str, endpoint: Endpoint, ingress: config.Serve) -> serve.Application:

@@ -26,7 +26,7 @@ from lum_ray.lumos.config import Inputs, LumosConfig
 from lum_ray.lumos.memories import Memories, single, stacked
 from lum_ray.lumos.model import Memory
 from lum_ray.lumos.requests import FAR_FUTURE, History, Request, RequestReader
-from lum_ray.lumos.stage import Floats, LumosStage, functionals
+from lum_ray.lumos.stage import LumosStage, functionals
 from lum_ray.stage import to_device
 
 __all__ = ["FAR_FUTURE", "Answer", "Nearness", "Predictor", "Request", "WhatIf"]
@@ -301,28 +301,36 @@ class Predictor:
         outputs: dict[str, torch.Tensor],
     ) -> list[list[Answer]]:
         """The answers of each cut or scenario."""
-        inputs = self.stage.inputs
-        daily, over = functionals(self.stage.module, outputs)
-        width = inputs.daily
-        weights = (
-            outputs["attention_BCFT"].cpu().numpy().astype(float).round(6) if "attention_BCFT" in outputs else None
-        )
+        inputs, width = self.stage.inputs, self.stage.inputs.daily
+        # as lists: reading single figures of arrays would take longer than the decoder
+        daily, over = (
+            {name: part[name].tolist() for name in FUNCTIONALS}
+            for part in functionals(self.stage.module, outputs)
+        )  # fmt: skip
+        read = outputs.get("attention_BCFT")
+        weights = None if read is None else read.cpu().numpy().astype(float).round(6).tolist()
+        figures = [("p",) if binary else FUNCTIONALS for binary in inputs.binary]
 
-        def values(source: Mapping[str, Floats], place: tuple[int, ...], term: int) -> Values:
-            named = {name: float(source[name][place]) for name in (("p",) if inputs.binary[term] else FUNCTIONALS)}
-            return {name: value for name, value in named.items() if not math.isnan(value)}
+        def values(found: Mapping[str, list[float]], first: int, last: int) -> dict[str, Values]:
+            """The terms from `first` to `last`; a figure that means nothing for a term is NaN."""
+            return {
+                inputs.terms[k]: {
+                    name: value for name in figures[k] if not math.isnan(value := found[name][k - first])
+                }
+                for k in range(first, last)
+            }  # fmt: skip
 
         def answer(i: int, column: int) -> Answer:
             cut = int(samples.cut[i])
             days = []
             for j in range(self.stage.config.future_days):
-                named = {name: values(daily, (i, column, j, k), k) for k, name in enumerate(inputs.terms[:width])}
+                named = values({name: daily[name][i][column][j] for name in FUNCTIONALS}, 0, width)
                 days.append({"day": self.requests.shown(cut + j), "behaviours": named})
-            horizons = {name: values(over, (i, column, k), width + k) for k, name in enumerate(inputs.terms[width:])}
-            attention = weights[i, column].tolist() if weights is not None else None
+            horizons = values({name: over[name][i][column] for name in FUNCTIONALS}, width, len(inputs.terms))
+            attention = weights[i][column] if weights is not None else None
             return Answer(requests[i].user, self.requests.shown(cut), days, horizons, attention)
 
-        return [[answer(i, column) for i in range(len(requests))] for column in range(daily["p"].shape[1])]
+        return [[answer(i, column) for i in range(len(requests))] for column in range(len(daily["p"][0]))]
 
 
 def _difference(baseline: Answer, scenario: Answer) -> dict[str, Any]:
