@@ -38,7 +38,7 @@ BATCHES_IN_FLIGHT = 8
 """From one ingress replica to one model. What waits beyond them makes the next ones larger."""
 ATTEMPTS, RETRY_S = 3, 0.1
 INGRESS_CPUS = 0.1
-MODEL_CPUS = 1.0
+MODEL_CPUS = 0.8  # so that both models and their ingress have room on two cores
 START_TIMEOUT_S = 180.0
 
 

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.serve:
         serve_one(chosen.serve, chosen.port, *json.loads(chosen.trained))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server outlives this
     preset, seconds, repeats = chosen.preset, chosen.seconds, chosen.repeats
     if chosen.quick:
         preset, seconds, repeats = "lumos_tiny", 2.0, 1
