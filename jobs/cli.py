@@ -249,6 +249,7 @@ def serve(
 ) -> None:
     """Serve the run's model over HTTP (trains and publishes what is missing) until Ctrl-C."""
     from serve.access import check_exposure, read_tokens
+    from serve.environment import optimise
 
     loaded = load(run, root, set_)
     runs = [loaded, *([load(beside, root, None)] if beside else [])]
@@ -257,8 +258,7 @@ def serve(
         read_tokens(loaded.serve.tokens)
     if len({one.model for one in runs}) < len(runs):
         raise UserError(f"--with {beside}: expected a run of the other model, got a second one of {loaded.model}")
-    # read when Ray Serve is imported, here and in every process that Ray starts
-    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    optimise()
     from lum_ray.data.state import pointer
     from lum_ray.steps import publish as step_publish
     from lum_ray.steps import train as step_train

@@ -29,6 +29,7 @@ from typing import Any
 
 from jobs.bench.http_load import Load, measure
 from jobs.bench.rows import emit, hardware, note, spread
+from serve.environment import optimise
 
 SERVERS = ("stack", "ours", "uvicorn", "ray_default")
 PATH = "/v1/lumos/predict"
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trained", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.serve:
+        if chosen.serve in ("stack", "ours"):
+            optimise(chosen.haproxy)
         serve_one(chosen.serve, chosen.port, *json.loads(chosen.trained))
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server outlives this
@@ -116,11 +119,9 @@ class Child:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "jobs.bench.serve", "--serve", self._name, "--port", str(port),
-                   "--trained", json.dumps(self._uris)]  # fmt: skip
-        optimised = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": str(int(self._haproxy))}
-        environment = {**os.environ, **(optimised if self._name in ("stack", "ours") else {})}
+                   "--trained", json.dumps(self._uris), *(["--haproxy"] if self._haproxy else [])]  # fmt: skip
         log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        self.process = subprocess.Popen(command, stdout=log, stderr=log)
         if self._cores:
             os.sched_setaffinity(self.process.pid, self._cores)  # its children take it over
         deadline = time.monotonic() + START_S
