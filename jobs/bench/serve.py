@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         preset, seconds, repeats = "lumos_tiny", 2.0, 1
     checkpoint, state, users = trained(preset, chosen.root)
     bodies = [json.dumps({"users": [{"user": user}]}).encode() for user in users[:512]]
+    machine = hardware()  # before this process keeps to one core
     cores = sorted(os.sched_getaffinity(0))
     pinned = not chosen.quick and len(cores) > 1
     if pinned:
@@ -74,24 +75,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             note(f"{name}: {loads[-1]}")
     run = {"preset": preset, "clients": chosen.clients, "seconds": seconds, "repeats": repeats, "pinned": pinned,
            "haproxy": chosen.haproxy}  # fmt: skip
-    show(found, run)
+    show(found, run, machine)
     return 0
 
 
-def show(found: dict[str, list[Load]], run: dict[str, Any]) -> None:
+def show(found: dict[str, list[Load]], run: dict[str, Any], machine: str) -> None:
     """The rows of what was measured."""
     packages = ("ray", "fastapi", "uvicorn", "torch")
     if stack := found.get("stack"):
         value, low, high = spread([load.cpu_ms_per_request for load in stack])
         latencies = {"p50_ms": spread([load.p50_ms for load in stack])[0], "p99_ms": max(load.p99_ms for load in stack)}
-        emit("serve/stack/cpu_ms_per_request", value, "ms", low=low, high=high, machine=hardware(),
+        emit("serve/stack/cpu_ms_per_request", value, "ms", low=low, high=high, machine=machine,
              packages=packages, run={**run, **latencies})  # fmt: skip
     ours = spread([load.requests_per_s for load in found.get("ours", [])] or [float("nan")])
     for name, peer in (("uvicorn", "uvicorn + FastAPI + the same micro-batcher"), ("ray_default", "Ray Serve's guide")):
         if name in found and "ours" in found:
             theirs = spread([load.requests_per_s for load in found[name]])
             emit(f"serve/{name}/requests_per_s", ours[0], "requests/s", peer=peer, ratio=ours[0] / theirs[0],
-                 low=ours[1], high=ours[2], machine=hardware(), packages=packages,
+                 low=ours[1], high=ours[2], machine=machine, packages=packages,
                  run={**run, "peer_requests_per_s": theirs[0]})  # fmt: skip
 
 

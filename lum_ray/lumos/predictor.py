@@ -190,9 +190,9 @@ class Predictor:
         rows_ES, index_BCX = self.stage.futures(rows, samples.row, cuts_BC, calendars)
         with torch.inference_mode():
             visible_BC = torch.full(cuts_BC.shape, self.stage.config.history_days, device=self.device)
-            ahead = (torch.from_numpy(part).to(self.device) for part in (rows_ES, index_BCX))
             memory = self._encoded(requests, rows, samples)
-            outputs = self.stage.module.decode(memory, *ahead, visible_BC, attention=attention)
+            event_rows_ES, future_BCX = (torch.from_numpy(part).to(self.device) for part in (rows_ES, index_BCX))
+            outputs = self.stage.module.decode(memory, event_rows_ES, future_BCX, visible_BC, attention=attention)
         answers = self._answers(requests, samples, outputs)
         gaps_E = self.nearness.gaps(rows_ES[:, self.stage.inputs.rhythm_width :])
         gaps_BCF = gaps_E[index_BCX[:, :, : self.stage.config.future_days]]
@@ -215,10 +215,10 @@ class Predictor:
         rows, samples = self.requests.rows(requests)
         batch = self.stage.collate(rows, samples, self._futures(requests, samples))
         length, inputs = self.stage.config.history_days, self.stage.inputs
-        values_BTU = np.zeros((len(requests) * length, len(inputs.behaviours)))
+        values_XU = np.zeros((len(requests) * length, len(inputs.behaviours)))  # X = B * T
         units_U = [1.0 if item.kind == "binary" else item.resolution for item in inputs.behaviours]
-        values_BTU[batch["slot_A"]] = batch["values_AU"] * np.array(units_U)
-        values_BTU = values_BTU.reshape(len(requests), length, -1)
+        values_XU[batch["slot_A"]] = batch["values_AU"] * np.array(units_U)
+        values_BTU = values_XU.reshape(len(requests), length, -1)
         events_E = [self._known_events(row) for row in batch["event_rows_ES"]]
         names = [item.name for item in inputs.behaviours]
         found = []
