@@ -248,7 +248,7 @@ def serve(
     beside: Annotated[str | None, typer.Option("--with", metavar="RUN", help="a run of the other model")] = None,
 ) -> None:
     """Serve the run's model over HTTP (trains and publishes what is missing) until Ctrl-C."""
-    from serve.access import check_exposure, read_tokens
+    from serve.access import LOOPBACK, check_exposure, read_tokens
     from serve.environment import optimise
 
     loaded = load(run, root, set_)
@@ -258,7 +258,7 @@ def serve(
         read_tokens(loaded.serve.tokens)
     if len({one.model for one in runs}) < len(runs):
         raise UserError(f"--with {beside}: expected a run of the other model, got a second one of {loaded.model}")
-    optimise()
+    optimise(haproxy=loaded.serve.host not in LOOPBACK)
     from lum_ray.data.state import pointer
     from lum_ray.steps import publish as step_publish
     from lum_ray.steps import train as step_train

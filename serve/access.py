@@ -22,6 +22,7 @@ from serve.types import error_reply
 OPEN = ("/", "/healthz", "/readyz")
 """Paths that need no token: the page asks for one itself, and health is asked for by machines."""
 ENV = "env:"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_tokens(place: str) -> tuple[Token, ...]:
 
 def check_exposure(host: str, tokens: str | None, allow_anonymous: bool) -> None:
     """Raises UserError where anybody on the network could ask, and nobody has said that this is meant."""
-    if tokens or allow_anonymous or host in ("127.0.0.1", "::1", "localhost"):
+    if tokens or allow_anonymous or host in LOOPBACK:
         return
     raise UserError(
         f"serve.host: {host} can be reached by others, and there are no tokens; set serve.tokens (see `lum-ray token`) "

@@ -1,6 +1,6 @@
 """The endpoint under load: what the stack costs, and the same model behind bare uvicorn and behind Ray Serve as it is.
 
-    python -m jobs.bench.serve [--quick] [--root runs] [--preset lumos_demo] [--repeats 5] [--seconds 10] [--haproxy]
+    python -m jobs.bench.serve [--quick] [--root runs] [--preset lumos_demo] [--repeats 5] [--seconds 10] [--no-haproxy]
 
 Servers run on one core, 64 clients on the other, each asking for one stored user at a time. Rows:
 serve/stack/cpu_ms_per_request: ingress and a model that says the same at once (CPU of all processes of the server);
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--haproxy", action="store_true", help="ours behind HAProxy; its ports are open to all")
+    parser.add_argument("--haproxy", action=argparse.BooleanOptionalAction, default=True, help="in front of ours")
     parser.add_argument("--only", choices=SERVERS, action="append", help="measure this; repeatable")
     parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
@@ -120,7 +120,7 @@ class Child:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "jobs.bench.serve", "--serve", self._name, "--port", str(port),
-                   "--trained", json.dumps(self._uris), *(["--haproxy"] if self._haproxy else [])]  # fmt: skip
+                   "--trained", json.dumps(self._uris), "--haproxy" if self._haproxy else "--no-haproxy"]  # fmt: skip
         log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(command, stdout=log, stderr=log)
         if self._cores:
