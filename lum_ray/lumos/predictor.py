@@ -301,7 +301,7 @@ class Predictor:
         outputs: dict[str, torch.Tensor],
     ) -> list[list[Answer]]:
         """The answers of each cut or scenario."""
-        inputs, width = self.stage.inputs, self.stage.inputs.daily
+        terms, width = self.stage.inputs.terms, self.stage.inputs.daily
         # as lists: reading single figures of arrays would take longer than the decoder
         daily, over = (
             {name: part[name].tolist() for name in FUNCTIONALS}
@@ -309,12 +309,12 @@ class Predictor:
         )  # fmt: skip
         read = outputs.get("attention_BCFT")
         weights = None if read is None else read.cpu().numpy().astype(float).round(6).tolist()
-        figures = [("p",) if binary else FUNCTIONALS for binary in inputs.binary]
+        figures = [("p",) if binary else FUNCTIONALS for binary in self.stage.inputs.binary]
 
         def values(found: Mapping[str, list[float]], first: int, last: int) -> dict[str, Values]:
             """The terms from `first` to `last`; a figure that means nothing for a term is NaN."""
             return {
-                inputs.terms[k]: {
+                terms[k]: {
                     name: value for name in figures[k] if not math.isnan(value := found[name][k - first])
                 }
                 for k in range(first, last)
@@ -326,7 +326,7 @@ class Predictor:
             for j in range(self.stage.config.future_days):
                 named = values({name: daily[name][i][column][j] for name in FUNCTIONALS}, 0, width)
                 days.append({"day": self.requests.shown(cut + j), "behaviours": named})
-            horizons = values({name: over[name][i][column] for name in FUNCTIONALS}, width, len(inputs.terms))
+            horizons = values({name: over[name][i][column] for name in FUNCTIONALS}, width, len(terms))
             attention = weights[i][column] if weights is not None else None
             return Answer(requests[i].user, self.requests.shown(cut), days, horizons, attention)
 
