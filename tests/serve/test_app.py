@@ -6,8 +6,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import httpx
 import pytest
 import ray
 import yaml
+from ray import serve
 
 from lum_ray import config
 from lum_ray.artifacts import UserError
@@ -24,7 +26,7 @@ from lum_ray.data.state import State, point
 from lum_ray.lumos.predictor import Predictor, Request
 from lum_ray.steps import publish, train
 from serve.access import new_token
-from serve.app import Endpoint, _cause, build, gts, lumos, run, until_signal
+from serve.app import NAME, Endpoint, Server, _cause, _deployment, build, deploy, gts, lumos, run, until_signal
 from serve.client import Client
 
 FOLDER = Path(__file__).parents[2] / "serve"
@@ -130,23 +132,46 @@ def test_the_cause_of_a_failed_replica_is_told_without_its_stack() -> None:
     assert "logs" in _cause([""])
 
 
-@pytest.mark.ray
-def test_it_answers_on_while_a_replica_dies_and_another_snapshot_and_version_come(
-    ray_session: None, trained: Endpoint, tmp_path: Path
-) -> None:
-    """One server for all, since each start takes long: it says what Python says, and loses nothing."""
+@dataclass(frozen=True)
+class Asked:
+    """A server that eight clients ask without a pause, each for one user; `answered` counts what was right."""
+
+    server: Server
+    endpoint: Endpoint
+    token: str
+    answered: list[int]
+
+    def goes_on(self, what: str) -> None:
+        """Wait until some more answers have come."""
+        seen = len(self.answered)
+        self.until(lambda: len(self.answered) > seen + 20, f"no answers {what}")
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, what
+            time.sleep(0.2)
+
+    def replica(self, of: str) -> str:
+        """The name of one of the deployment's replicas."""
+        found = ray.util.list_named_actors(all_namespaces=True)
+        return next(str(actor["name"]) for actor in found if f"#{of}#" in actor["name"])
+
+
+@contextmanager
+def asked(trained: Endpoint, folder: Path) -> Iterator[Asked]:
+    """The server of `trained` under load: nothing that was asked of it may be lost, whatever is done meanwhile."""
     assert trained.state
     state = State.open(trained.state)
     users = state.users()
     expected = Predictor.load(trained.checkpoint, state.rows).predict([Request(user) for user in users[:8]])
     token, line = new_token("test")
-    (tmp_path / "tokens").write_text(line)
-    place = str(tmp_path / "latest.json")
-    settings = replace(trained.serve, tokens=str(tmp_path / "tokens"), watch_s=0.5, ingress_replicas=2)
-    endpoint = replace(trained, pointer=place, serve=settings)
+    (folder / "tokens").write_text(line)
+    settings = replace(trained.serve, tokens=str(folder / "tokens"), watch_s=0.5, ingress_replicas=2)
+    endpoint = replace(trained, pointer=str(folder / "latest.json"), serve=settings)
     server = run([endpoint], port=0)
     stop = threading.Event()
-    counts = {"answered": 0}
+    answered: list[int] = []
 
     def ask(number: int) -> None:
         # no retries: what is lost would be seen
@@ -156,40 +181,68 @@ def test_it_answers_on_while_a_replica_dies_and_another_snapshot_and_version_com
                 assert answer.days[0].behaviours["active"].p == pytest.approx(
                     expected[number].days[0]["behaviours"]["active"]["p"], abs=1e-5
                 )
-                counts["answered"] += 1
-
-    def until(condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 90
-        while not condition():
-            assert time.monotonic() < deadline, what
-            time.sleep(0.2)
-
-    def replica() -> Any:
-        (found,) = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "#lumos#" in actor["name"]]
-        return ray.get_actor(found["name"], found["namespace"])
+                answered.append(number)
 
     try:
-        assert httpx.post(f"{server.url}/v1/lumos/predict", json={"users": [{"user": users[0]}]}).status_code == 401
-        with ThreadPoolExecutor(8) as pool, Client(server.url, token) as client:
+        with ThreadPoolExecutor(8) as pool:
             work = [pool.submit(ask, number) for number in range(8)]
             try:
-                until(lambda: counts["answered"] > 20, "no answers")
-                ray.kill(replica(), no_restart=True)
-                seen = counts["answered"]
-                until(lambda: counts["answered"] > seen + 20, "no answers after a replica died")
-
-                newer = str(tmp_path / "state")
-                shutil.copytree(trained.state, newer)
-                point(place, state=newer)
-                until(lambda: client.models()[0].state == newer, "the newer snapshot is not taken")
-                point(place, checkpoint=str(tmp_path / "nothing"))
-                until(lambda: client.models()[0].refused is not None, "the refusal is not told")
-                assert client.models()[0].name == "lumos_tiny"
+                yield Asked(server, endpoint, token, answered)
             finally:
                 stop.set()
             for one in work:
                 one.result()
     finally:
         server.stop()
+
+
+def kill(name: str) -> None:
+    ray.kill(ray.get_actor(name, "serve"), no_restart=True)
+
+
+@pytest.mark.ray
+def test_it_answers_on_while_a_replica_dies_and_another_snapshot_comes(
+    ray_session: None, trained: Endpoint, tmp_path: Path
+) -> None:
+    """One server for all, since each start takes long: it says what Python says, and loses nothing."""
+    with asked(trained, tmp_path) as load, Client(load.server.url, load.token) as client:
+        url, place = load.server.url, load.endpoint.pointer
+        assert trained.state and place
+        assert httpx.post(f"{url}/v1/lumos/predict", json={"users": [{"user": "u"}]}).status_code == 401
+        load.goes_on("at all")
+        kill(load.replica("lumos"))
+        load.goes_on("after a replica died")
+        newer = str(tmp_path / "state")
+        shutil.copytree(trained.state, newer)
+        point(place, state=newer)
+        load.until(lambda: client.models()[0].state == newer, "the newer snapshot is not taken")
+        point(place, checkpoint=str(tmp_path / "nothing"))
+        load.until(lambda: client.models()[0].refused is not None, "the refusal is not told")
+        assert client.models()[0].name == "lumos_tiny"
     with pytest.raises(httpx.TransportError):
-        httpx.get(f"{server.url}/healthz", timeout=2)
+        httpx.get(f"{url}/healthz", timeout=2)
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_kills_and_rolling_updates_lose_nothing(ray_session: None, trained: Endpoint, tmp_path: Path) -> None:
+    with asked(trained, tmp_path) as load:
+        load.goes_on("at all")
+        for round_ in range(3):
+            kill(load.replica("lumos"))
+            load.goes_on("after a replica died")
+            before = load.replica("lumos")
+            newer = replace(load.endpoint.serve, max_batch=32 + round_)
+            deploy(build([replace(load.endpoint, serve=newer)]))
+            load.until(lambda before=before: load.replica("lumos") != before, "no newer replica")  # type: ignore[misc]
+            load.until(lambda: serve.status().applications[NAME].status == "RUNNING", "the update does not end")
+            load.goes_on("after an update")
+
+
+def test_a_model_grows_between_its_bounds() -> None:
+    config_of = _deployment(
+        "lumos", Endpoint("x", serve=config.Serve(replicas=2, max_replicas=5)), config.Serve()
+    )._bound_deployment._deployment_config
+    assert (config_of.autoscaling_config.min_replicas, config_of.autoscaling_config.max_replicas) == (2, 5)
+    fixed = _deployment("lumos", Endpoint("x", serve=config.Serve(replicas=2)), config.Serve())
+    assert fixed._bound_deployment._deployment_config.num_replicas == 2
