@@ -269,11 +269,14 @@ def shares(text: str) -> dict[str, float]:
 
 
 @app.command()
-def publish(run: RunFile, root: Root = None, set_: Set = None) -> None:
-    """Write the snapshot of histories that `serve` looks users up in."""
+def publish(run: RunFile, root: Root = None, set_: Set = None, checkpoint: Checkpoint = None) -> None:
+    """Write the snapshot of histories that `serve` looks users up in; servers of the run take it within seconds.
+
+    With --checkpoint they take that too.
+    """
     from lum_ray.steps import publish as step
 
-    done(step(load(run, root, set_), say))
+    done(step(load(run, root, set_), say, checkpoint))
 
 
 @app.command()
@@ -301,23 +304,40 @@ def forget(
 
 
 @app.command()
-def serve(run: RunFile, root: Root = None, set_: Set = None, checkpoint: Checkpoint = None) -> None:
+def serve(
+    run: RunFile,
+    root: Root = None,
+    set_: Set = None,
+    checkpoint: Checkpoint = None,
+    beside: Annotated[str | None, typer.Option("--with", metavar="RUN", help="a run of the other model")] = None,
+) -> None:
     """Serve the run's model over HTTP (trains and publishes what is missing) until Ctrl-C."""
+    from serve.access import LOOPBACK, check_exposure, read_tokens
+    from serve.environment import optimise
+
+    loaded = load(run, root, set_)
+    runs = [loaded, *([load(beside, root, None)] if beside else [])]
+    check_exposure(loaded.serve.host, loaded.serve.tokens, loaded.serve.allow_anonymous)
+    if loaded.serve.tokens:
+        read_tokens(loaded.serve.tokens)
+    if len({one.model for one in runs}) < len(runs):
+        raise UserError(f"--with {beside}: expected a run of the other model, got a second one of {loaded.model}")
+    optimise(haproxy=loaded.serve.host not in LOOPBACK)
+    from lum_ray.data.state import pointer
     from lum_ray.steps import publish as step_publish
     from lum_ray.steps import train as step_train
     from lum_ray.steps.session import start_ray
+    from serve.app import Endpoint, until_signal
     from serve.app import run as start_server
-    from serve.app import until_signal
 
-    loaded = load(run, root, set_)
-    if loaded.model != "lumos":
-        raise UserError(
-            f"serve: {loaded.name} is a run of GTS-LUM, which has no endpoint yet; `lum-ray predict` writes its lists"
-        )
-    weights, state = checkpoint or step_train(loaded, say), step_publish(loaded, say)
+    endpoints = []
+    for one, given in zip(runs, [checkpoint, None], strict=False):
+        weights = given or step_train(one, say)
+        state = step_publish(one, say, weights)
+        endpoints.append(Endpoint(weights, state, pointer(one.root, one.name), serve=one.serve))
     start_ray()
-    server = start_server(weights, state, loaded.serve)
-    say(f"serving at {server.url}, its description at {server.url}/docs; Ctrl-C ends it")
+    server = start_server(endpoints)
+    say(f"serving at {server.url}, with a page to try it; its description is at {server.url}/docs; Ctrl-C ends it")
     done(server.url)
     until_signal(server)
 
@@ -352,6 +372,16 @@ def submit(
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
     done(outcome.result)
+
+
+@app.command()
+def token(name: Annotated[str, typer.Argument(help="who will hold it")]) -> None:
+    """Make a bearer token: it is shown once, on stderr; the line to store where serve.tokens points goes to stdout."""
+    from serve.access import new_token
+
+    secret, line = new_token(name)
+    say(f"the token of {name}, shown only now: {secret}")
+    print(line)
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -19,6 +18,7 @@ def run_lumos_demo(run: Run, say: Callable[[str], None]) -> None:
     from lum_ray.data.state import State
     from lum_ray.steps import describe, evaluate, prepare, publish, train
     from lum_ray.steps.session import start_ray
+    from serve.app import Endpoint
     from serve.app import run as start_server
     from serve.client import Client
     from serve.types import CalendarRow, User
@@ -40,18 +40,19 @@ def run_lumos_demo(run: Run, say: Callable[[str], None]) -> None:
 
     state_uri = publish(run, say)
     say("starting the endpoint (Ray Serve)")
-    server = start_server(checkpoint, state_uri, dataclasses.replace(run.serve), port=0)
+    server = start_server([Endpoint(checkpoint, state_uri, serve=run.serve)], port=0)
     try:
         user = User(user=State.open(state_uri).users()[0])
         with Client(server.url) as client:
             answer = client.predict([user]).model_dump(mode="json")
-            _show(say, f"POST {server.url}/v1/lumos/predict", {"users": [user.plain()]}, _headline(answer))
+            asked: dict[str, Any] = {"users": [user.model_dump(exclude_unset=True)]}
+            _show(say, f"POST {server.url}/v1/lumos/predict", asked, _headline(answer))
             info = client.models()[0]
             day = answer["answers"][0]["days"][3]["day"]
             kind = next(name for name in info.event_types if name == "holiday" or name == info.event_types[-1])
             scenario = [CalendarRow(event_type=kind, start_day=day)]
             changed = client.what_if([user], [scenario]).model_dump(mode="json")
-            asked = {"users": [user.plain()], "scenarios": [[row.model_dump(exclude_unset=True) for row in scenario]]}
+            asked["scenarios"] = [[row.model_dump(exclude_unset=True) for row in scenario]]
             _show(say, f"POST {server.url}/v1/lumos/what-if", asked, _difference(changed, 3))
     finally:
         server.stop()

@@ -356,13 +356,37 @@ class Tune:
 
 @dataclass(frozen=True)
 class Serve:
+    """`replicas` of the model at least and at most `max_replicas` (None: as many), so that each has `target_batches`
+    under way. `tokens`: where hashed bearer tokens are; `requests_per_s` of each (0: no bound); `watch_s`: how often a
+    replica looks for what was published; `cache_mib` of encoded histories a replica (LUMOS)."""
+
     __pydantic_config__: ClassVar = STRICT
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1
+    max_replicas: int | None = None
+    target_batches: float = 2.0
+    ingress_replicas: int = 2
     max_batch: int = 64
     max_users: int = 256
     timeout_s: float = 30.0
+    tokens: str | None = None
+    allow_anonymous: bool = False
+    requests_per_s: float = 0.0
+    watch_s: float = 5.0
+    cache_mib: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (("replicas", 1), ("ingress_replicas", 1), ("max_batch", 1), ("max_users", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas: expected at least replicas, {self.replicas}, got {self.max_replicas}")
+        for name in ("timeout_s", "watch_s", "target_batches"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.requests_per_s < 0 or self.cache_mib < 0:
+            raise ValueError("requests_per_s, cache_mib: expected 0 or more")
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,19 @@
-"""The Ray Serve application: an ingress (HTTP, limits, deadlines) in front of a model in a process of its own.
+"""The Ray Serve application: an ingress (HTTP, limits, deadlines) in front of models in processes of their own.
 
-`build` makes the application, `lumos` is the builder for `serve deploy serve/lumos.yaml`, `run` starts it on a Ray
-that the caller has started, and `until_signal` keeps it up until SIGTERM or Ctrl-C.
+`build` makes the application, `lumos` and `gts` are the builders for `serve deploy serve/lumos.yaml` and `gts.yaml`,
+`run` starts it on a Ray that the caller has started, and `until_signal` keeps it up until SIGTERM or Ctrl-C.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import httpx
@@ -24,149 +25,222 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from lum_ray import config
-from lum_ray.artifacts import UserError, list_files, open_artifact
+from lum_ray.artifacts import UserError, join, open_artifact, read_json
 from lum_ray.run import STRICT
+from serve.access import Token, check_exposure, read_tokens
+from serve.batching import Batcher
 from serve.ingress import Limits, UnavailableError, create_app
-from serve.types import Reply, Rows, Users
+from serve.types import Body, Reply
 
-NAME = "lumos"
-BATCH_WAIT_S = 0.01
+NAME = "lum_ray"
+KINDS = ("lumos", "gts")
+BATCHES_IN_FLIGHT = 8
+"""From one ingress replica to one model. What waits beyond them makes the next ones larger."""
+ATTEMPTS, RETRY_S = 3, 0.1
 INGRESS_CPUS = 0.1
-MODEL_CPUS = 1.0
+MODEL_CPUS = 0.8  # so that both models and their ingress have room on two cores
 START_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The `args` of an application in serve/lumos.yaml."""
+    """One model: the `args` of an application in serve/lumos.yaml and serve/gts.yaml.
+
+    `pointer`: the file that `lum-ray publish` writes; what it says goes before `checkpoint` and `state`, now and later.
+    `others`: models of the other kind behind the same ingress, whose settings are those of the first.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     checkpoint: str
     state: str | None = None
+    pointer: str | None = None
     gpus: float = 0.0
     """GPUs of each replica of the model."""
     serve: config.Serve = field(default_factory=config.Serve)
+    others: tuple[Endpoint, ...] = ()
 
 
-class Lumos:
-    """The model's deployment. Calls that arrive within BATCH_WAIT_S of each other share a forward pass."""
+class Deployed:
+    """A model's deployment: batches of several ingress replicas that come while it works are answered together."""
 
-    def __init__(self, checkpoint_uri: str, state_uri: str | None, max_batch: int) -> None:
+    def __init__(self, kind: str, endpoint: Endpoint) -> None:
         # torch is imported here: the ingress does without it
-        from lum_ray.data.state import State
-        from lum_ray.lumos.predictor import Predictor
-        from serve.batching import LumosModel
+        from serve.live import Live, Loader, Target
 
-        state = State.open(state_uri) if state_uri else None
-        predictor = Predictor.load(
-            checkpoint_uri, state.rows if state else None, end_day=state.end_day if state else None
-        )
-        self._model = LumosModel(predictor, state.end_day if state else None)
-
-        def users(calls: Sequence[Users]) -> int:
-            return sum(min(len(call), max_batch) for call in calls)
-
-        batch = serve.batch(max_batch_size=max_batch, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=users)
-        self._predict, self._embed = batch(self._model.predict), batch(self._model.embed)
+        settings = endpoint.serve
+        load = Loader(kind, settings.cache_mib << 20)
+        self._live = Live(load, Target(endpoint.checkpoint, endpoint.state), endpoint.pointer)
+        self._batcher = Batcher(self._live.reply, settings.max_batch)
+        self._watch_s = settings.watch_s
+        self._watching: asyncio.Task[None] | None = None
 
     async def info(self) -> Mapping[str, Any]:
-        return self._model.info()
+        self._watch()
+        return self._live.info()
 
-    async def predict(self, users: Users) -> Reply:
-        reply: Reply = await self._predict(users)
-        return reply
+    async def replies(self, method: str, bodies: Sequence[Body]) -> list[Reply]:
+        """A reply for each body, in order."""
+        self._watch()
+        return list(await asyncio.gather(*(self._batcher.call(method, body) for body in bodies)))
 
-    async def embed(self, users: Users) -> Reply:
-        reply: Reply = await self._embed(users)
-        return reply
+    async def check_health(self) -> None:
+        # Serve asks every replica for its health, so that one without requests watches too
+        self._watch()
 
-    async def what_if(self, users: Users, scenarios: Sequence[Rows]) -> Reply:
-        return await self._model.what_if(users, scenarios)
+    def _watch(self) -> None:
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop().create_task(self._live.watch(self._watch_s))
 
     def __del__(self) -> None:
-        model = getattr(self, "_model", None)
-        if model is not None:
-            model.close()
+        live = getattr(self, "_live", None)
+        if live is not None:
+            live.close()
 
 
 class Remote:
-    """The model's deployment as the ingress sees it."""
+    """A model's deployment as the ingress sees it: calls go in batches, and again where a replica dies.
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    Every call only reads, so that to ask twice does no harm.
+    """
+
+    def __init__(self, handle: DeploymentHandle, max_batch: int, timeout_s: float) -> None:
+        self._handle, self._timeout_s = handle, timeout_s
+        self._batcher = Batcher(self._replies, max_batch, BATCHES_IN_FLIGHT)
 
     async def info(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = await self._call("info")
+        found: Mapping[str, Any] = await self._try("info")
         return found
 
-    async def predict(self, users: Users) -> Reply:
-        reply: Reply = await self._call("predict", users)
-        return reply
+    async def call(self, method: str, body: Body) -> Reply:
+        return await self._batcher.call(method, body)
 
-    async def what_if(self, users: Users, scenarios: Sequence[Rows]) -> Reply:
-        reply: Reply = await self._call("what_if", users, scenarios)
-        return reply
+    async def _replies(self, method: str, bodies: Sequence[Body]) -> list[Reply]:
+        # each call has a deadline of its own; this one is for what nobody waits for any more
+        async with asyncio.timeout(self._timeout_s):
+            found: list[Reply] = await self._try("replies", method, list(bodies))
+            return found
 
-    async def embed(self, users: Users) -> Reply:
-        reply: Reply = await self._call("embed", users)
-        return reply
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*arguments)
-        except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-            raise UnavailableError(str(error).splitlines()[0]) from error
+    async def _try(self, method: str, *arguments: Any) -> Any:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await getattr(self._handle, method).remote(*arguments)
+            except RayActorError as error:  # the replica died, with what it was asked
+                if attempt == ATTEMPTS:
+                    raise UnavailableError(str(error).splitlines()[0]) from error
+                await asyncio.sleep(RETRY_S * attempt)
+            except (BackPressureError, DeploymentUnavailableError) as error:
+                raise UnavailableError(str(error).splitlines()[0]) from error
 
 
 class Ingress:
     """The HTTP deployment; Serve asks it for its ASGI application once it stands in its process."""
 
-    def __init__(self, model: DeploymentHandle, limits: Limits) -> None:
-        self._backend, self._limits = Remote(model), limits
+    def __init__(
+        self,
+        models: Mapping[str, DeploymentHandle],
+        max_batch: Mapping[str, int],
+        limits: Limits,
+        tokens: Sequence[Token],
+        requests_per_s: float,
+    ) -> None:
+        self._models = {name: Remote(handle, max_batch[name], limits.timeout_s) for name, handle in models.items()}
+        self._limits, self._tokens, self._requests_per_s = limits, tokens, requests_per_s
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._backend, self._limits)
+        return create_app(self._models, self._limits, self._tokens, self._requests_per_s)
 
 
-def build(
-    checkpoint_uri: str, state_uri: str | None = None, settings: config.Serve | None = None, gpus: float = 0.0
-) -> serve.Application:
-    """The application that serves the checkpoint; `state_uri` is the snapshot of histories behind user ids.
+def build(endpoints: Sequence[Endpoint]) -> serve.Application:
+    """The application that serves the models of `endpoints`, at most one of each kind; the first one's `serve` is that
+    of the ingress. Without a state only users with events of their own are answered.
 
-    Without a state only users with inline events are answered. Raises UserError where nothing is at a URI.
+    Raises UserError where nothing is at a URI, and where the tokens cannot be read.
     """
-    settings = settings or config.Serve()
-    checkpoint, state = _absolute(checkpoint_uri), _absolute(state_uri) if state_uri else None
-    if not any(name.endswith("/run.json") for name in list_files(checkpoint)):
-        raise UserError(f"{checkpoint}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`")
-    if state:
-        open_artifact(state)
+    settings = endpoints[0].serve
+    models, most = {}, {}
+    for endpoint in map(_absolute, endpoints):
+        kind = kind_of(endpoint.checkpoint)
+        if kind in models:
+            raise UserError(f"{endpoint.checkpoint}: expected at most one model of each kind, got two of {kind}")
+        if endpoint.state:
+            open_artifact(endpoint.state)
+        models[kind], most[kind] = _deployment(kind, endpoint, settings), endpoint.serve.max_batch
+    return in_front(models, most, settings)
+
+
+def in_front(
+    models: Mapping[str, serve.Application], max_batch: Mapping[str, int], settings: config.Serve
+) -> serve.Application:
+    """The ingress over the deployments of `models`. Raises UserError where the tokens cannot be read."""
     limits = Limits(max_users=settings.max_users, timeout_s=settings.timeout_s)
-    model = serve.deployment(
-        Lumos,
-        name="model",
-        num_replicas=settings.replicas,
-        # what waits for a batch counts as ongoing, and the ingress has sent away what is too much
-        max_ongoing_requests=2 * limits.max_in_flight,
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=settings.timeout_s,
-        ray_actor_options={"num_cpus": MODEL_CPUS, "num_gpus": gpus},
-    ).bind(checkpoint, state, settings.max_batch)
+    tokens = read_tokens(settings.tokens) if settings.tokens else ()
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",
+        num_replicas=settings.ingress_replicas,
         max_ongoing_requests=4 * limits.max_in_flight,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=settings.timeout_s,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
     )
-    return ingress.bind(model, limits)
+    # a token may ask either replica, so each allows its part
+    return ingress.bind(models, max_batch, limits, tokens, settings.requests_per_s / settings.ingress_replicas)
+
+
+def _deployment(kind: str, endpoint: Endpoint, ingress: config.Serve) -> serve.Application:
+    own = endpoint.serve
+    most = own.max_replicas or own.replicas
+    scaling: dict[str, Any] = {"num_replicas": own.replicas}
+    if most > own.replicas:
+        bounds = {"min_replicas": own.replicas, "max_replicas": most}
+        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": own.target_batches}}
+    return serve.deployment(
+        Deployed,
+        name=kind,
+        # what waits counts as ongoing, and the ingress has sent away what is too much
+        max_ongoing_requests=2 * BATCHES_IN_FLIGHT * ingress.ingress_replicas,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=ingress.timeout_s,
+        health_check_period_s=min(10.0, own.watch_s),
+        ray_actor_options={"num_cpus": MODEL_CPUS, "num_gpus": endpoint.gpus},
+        **scaling,
+    ).bind(kind, endpoint)
+
+
+def kind_of(checkpoint: str) -> str:
+    """`lumos` or `gts`. Raises UserError where there is no checkpoint of either."""
+    place = join(checkpoint, "run.json")
+    try:
+        kind = str(read_json(place).get("model"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{checkpoint}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`"
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{place}: damaged ({error}); restore it, or train anew with --fresh") from None
+    if kind not in KINDS:
+        raise UserError(f"{place}: expected a model of {' or '.join(KINDS)}, got {kind!r}")
+    return kind
 
 
 def lumos(args: dict[str, Any]) -> serve.Application:
     """The builder that serve/lumos.yaml names. Raises UserError naming the argument that is wrong."""
+    return _built("lumos", args)
+
+
+def gts(args: dict[str, Any]) -> serve.Application:
+    """The builder that serve/gts.yaml names. Raises UserError naming the argument that is wrong."""
+    return _built("gts", args)
+
+
+def _built(kind: str, args: dict[str, Any]) -> serve.Application:
     endpoint = config.read(Endpoint, args, "args")
-    return build(endpoint.checkpoint, endpoint.state, endpoint.serve, endpoint.gpus)
+    if not endpoint.serve.tokens and not endpoint.serve.allow_anonymous:
+        # where it listens is not for the application to know
+        raise UserError("args.serve.tokens: expected tokens (see `lum-ray token`), or allow_anonymous: true beside it")
+    if (found := kind_of(endpoint.checkpoint)) != kind:
+        raise UserError(f"args.checkpoint: expected a model of {kind}, got one of {found}: {endpoint.checkpoint}")
+    return build([endpoint, *endpoint.others])
 
 
 @dataclass(frozen=True)
@@ -183,9 +257,7 @@ class Server:
 
 
 def run(
-    checkpoint_uri: str,
-    state_uri: str | None = None,
-    settings: config.Serve | None = None,
+    endpoints: Sequence[Endpoint],
     *,
     host: str | None = None,
     port: int | None = None,
@@ -193,24 +265,29 @@ def run(
 ) -> Server:
     """Serve on the Ray that is running (`ray.init` is the caller's), and return once /readyz says yes.
 
-    `host` and `port` replace those of `settings`; port 0 takes a free one. Raises UserError where the checkpoint is
-    refused, the machines have no room, or nothing answers within `start_timeout_s`; nothing is left running then.
+    `host` and `port` replace those of the first endpoint's settings; port 0 takes a free one. Raises UserError where a
+    checkpoint is refused, others could ask without a token, the machines have no room, or nothing answers within
+    `start_timeout_s`; nothing is left running then.
     """
-    settings = settings or config.Serve()
-    application = build(checkpoint_uri, state_uri, settings)
+    settings = endpoints[0].serve
     host = settings.host if host is None else host
     port = settings.port if port is None else port
-    needed = settings.replicas * MODEL_CPUS + INGRESS_CPUS
+    check_exposure(host, settings.tokens, settings.allow_anonymous)
+    application = build(endpoints)
+    replicas = sum(endpoint.serve.replicas for endpoint in endpoints)
+    needed = replicas * MODEL_CPUS + settings.ingress_replicas * INGRESS_CPUS
     have = ray.cluster_resources().get("CPU", 0.0)
     if needed > have:
         raise UserError(
-            f"serve.replicas: {settings.replicas} need {needed:g} CPUs, Ray has {have:g}; take fewer, or give it more"
+            f"serve.replicas: {replicas} of models need {needed:g} CPUs with the ingress, Ray has {have:g}; "
+            "take fewer, or give it more"
         )
     port = _bindable(host, port)
     # what is wrong with a checkpoint is said here in a second, rather than by a replica after three attempts
-    from lum_ray.lumos.predictor import Predictor
+    from lum_ray import weights
 
-    Predictor.load(_absolute(checkpoint_uri), device="cpu")
+    for endpoint in endpoints:
+        weights.load(endpoint.checkpoint)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": host, "port": port, "request_timeout_s": settings.timeout_s + 10},
@@ -219,16 +296,21 @@ def run(
     shown = "127.0.0.1" if host == "0.0.0.0" else host
     server = Server(f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}", NAME)
     try:
-        serve.run_many(
-            [serve.RunTarget(application, name=NAME, route_prefix="/", logging_config={"enable_access_log": False})],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        deploy(application)
         _wait_until_ready(server, time.monotonic() + start_timeout_s)
     except BaseException:
         server.stop()
         raise
     return server
+
+
+def deploy(application: serve.Application) -> None:
+    """Hand the application to Serve: its replicas are started, or replaced one after the other where it runs."""
+    serve.run_many(
+        [serve.RunTarget(application, name=NAME, route_prefix="/", logging_config={"enable_access_log": False})],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
 
 
 def until_signal(server: Server) -> int:
@@ -282,9 +364,14 @@ def _cause(reasons: Sequence[str]) -> str:
     return lines[-1] if lines else "Serve gives no reason; see the logs of Ray"
 
 
-def _absolute(uri: str) -> str:
-    """A local path from the driver's folder, which is not that of the replicas."""
-    return uri if "://" in uri else os.path.abspath(uri)
+def _absolute(endpoint: Endpoint) -> Endpoint:
+    """With local paths from the driver's folder on, which is not that of the replicas."""
+
+    def absolute(uri: str | None) -> str | None:
+        return uri if uri is None or "://" in uri else os.path.abspath(uri)
+
+    state, pointer = absolute(endpoint.state), absolute(endpoint.pointer)
+    return replace(endpoint, checkpoint=absolute(endpoint.checkpoint) or "", state=state, pointer=pointer, others=())
 
 
 def _bindable(host: str, port: int) -> int:

@@ -1,123 +1,93 @@
-"""A predictor behind calls that arrive concurrently: their users are merged into one batch, and each call gets the
-reply that it would have got alone. Knows nothing of HTTP beyond a status, and nothing of Ray.
-"""
+"""Calls that arrive concurrently, as batches. Knows nothing of HTTP beyond a status, and nothing of Ray."""
 
 from __future__ import annotations
 
 import asyncio
-import datetime
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from lum_ray.artifacts import UserError
-from lum_ray.lumos.predictor import Answer, Request, WhatIf
-from serve.types import DAY_ZERO, Reply, Rows, Users, encode, error_reply, field_of
+from serve.types import Body, Reply
 
 T = TypeVar("T")
 
 
-class LumosPredictor(Protocol):
-    """What is asked of `lum_ray.lumos.predictor.Predictor`."""
-
-    info: Mapping[str, Any]
-    dated: bool
-
-    def predict(self, requests: Sequence[Request]) -> list[Answer]: ...
-
-    def what_if(self, requests: Sequence[Request], scenarios: Sequence[Rows]) -> list[WhatIf]: ...
-
-    def embed(self, requests: Sequence[Request]) -> npt.NDArray[np.float32]: ...
+class _Waiting(NamedTuple):
+    method: str
+    body: Body
+    reply: asyncio.Future[Reply]
 
 
-class LumosModel:
-    """Replies to calls of plain users (the fields of `Request`). All work runs in one thread, so that the event loop
-    stays free for health checks and the processor is not shared by two batches.
+class Batcher:
+    """Calls that wait while `in_flight` batches are under way go into the next one, with others of the same method.
 
-    `end_day`: the cut of users that name none, where the stored histories go further than the checkpoint's training.
+    There is no timer: a call that finds a place goes at once, and the busier it is, the larger the batches get.
+    `run(method, bodies)` gives a reply for each body; what it raises, each call of the batch raises. `most` bounds the
+    work of a batch (`work`), but a larger call goes alone. Belongs to one event loop.
     """
 
-    def __init__(self, predictor: LumosPredictor, end_day: int | None = None) -> None:
-        self._predictor = predictor
-        self._end_day = int(predictor.info["end_day"]) if end_day is None else end_day
-        self._stamp = {name: predictor.info[name] for name in ("name", "checkpoint", "step")}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict")
+    def __init__(self, run: Callable[[str, list[Body]], Awaitable[list[Reply]]], most: int, in_flight: int = 1) -> None:
+        self._run, self._most, self._free = run, most, in_flight
+        self._waiting: deque[_Waiting] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def info(self) -> dict[str, Any]:
-        """The fields of `serve.types.ModelInfo`."""
-        date = DAY_ZERO + datetime.timedelta(days=self._end_day)
-        return {**self._predictor.info, "end_day": date.isoformat() if self._predictor.dated else self._end_day}
+    async def call(self, method: str, body: Body) -> Reply:
+        """The reply to one call. A caller that is cancelled leaves the queue, and no batch waits for it."""
+        waiting = _Waiting(method, body, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._start()
+        return await waiting.reply
 
-    async def predict(self, calls: Sequence[Users]) -> list[Reply]:
-        """One reply a call, in order."""
-        return await self._in_thread(lambda: self._batched(calls, self._predict, "answers"))
+    def _start(self) -> None:
+        while self._free and (batch := self._next()):
+            self._free -= 1
+            task = asyncio.get_running_loop().create_task(self._answer(batch))
+            self._tasks.add(task)  # the loop itself holds a task by a weak reference only
+            task.add_done_callback(self._tasks.discard)
 
-    async def embed(self, calls: Sequence[Users]) -> list[Reply]:
-        """One reply a call, in order."""
-        return await self._in_thread(lambda: self._batched(calls, self._embed, "embeddings"))
+    def _next(self) -> list[_Waiting]:
+        """The call that has waited longest, and as many of its method as fit beside it."""
+        batch: list[_Waiting] = []
+        left: deque[_Waiting] = deque()
+        total = 0
+        for waiting in self._waiting:
+            if waiting.reply.done():  # given up
+                continue
+            size = work(waiting.body)
+            if not batch or (waiting.method == batch[0].method and total + size <= self._most):
+                batch.append(waiting)
+                total += size
+            else:
+                left.append(waiting)
+        self._waiting = left
+        return batch
 
-    async def what_if(self, users: Users, scenarios: Sequence[Rows]) -> Reply:
-        """The reply to one call: calls with different scenarios have no work in common."""
-
-        def run(requests: Sequence[Request]) -> list[Any]:
-            return _by_calendar(
-                requests, lambda part: [_plain(one) for one in self._predictor.what_if(part, scenarios)]
-            )
-
-        return (await self._in_thread(lambda: self._batched([users], run, "answers")))[0]
-
-    def close(self) -> None:
-        """Drop what has not begun, wait for what has."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def _predict(self, requests: Sequence[Request]) -> list[Any]:
-        return _by_calendar(requests, lambda part: [answer.as_dict() for answer in self._predictor.predict(part)])
-
-    def _embed(self, requests: Sequence[Request]) -> list[Any]:
-        return [[float(value) for value in row] for row in self._predictor.embed(requests)]
-
-    def _batched(self, calls: Sequence[Users], run: Callable[[Sequence[Request]], list[Any]], name: str) -> list[Reply]:
-        outcomes = merged([[self._request(user) for user in call] for call in calls], run)
-        return [
-            _refusal(found) if isinstance(found, UserError) else Reply(200, encode({"model": self._stamp, name: found}))
-            for found in outcomes
-        ]
-
-    def _request(self, user: Mapping[str, Any]) -> Request:
-        cut = user.get("cut_day")
-        return Request(**{**user, "cut_day": self._end_day if cut is None else cut})
-
-
-class Local:
-    """A model in this process, one call at a time: what `serve.ingress.create_app` asks of a backend, without Ray."""
-
-    def __init__(self, model: LumosModel) -> None:
-        self._model = model
-
-    async def info(self) -> Mapping[str, Any]:
-        return self._model.info()
-
-    async def predict(self, users: Users) -> Reply:
-        return (await self._model.predict([users]))[0]
-
-    async def what_if(self, users: Users, scenarios: Sequence[Rows]) -> Reply:
-        return await self._model.what_if(users, scenarios)
-
-    async def embed(self, users: Users) -> Reply:
-        return (await self._model.embed([users]))[0]
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        try:
+            replies = await self._run(batch[0].method, [waiting.body for waiting in batch])
+            for waiting, reply in zip(batch, replies, strict=True):
+                if not waiting.reply.done():
+                    waiting.reply.set_result(reply)
+        except BaseException as error:
+            for waiting in batch:
+                if not waiting.reply.done():
+                    waiting.reply.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._free += 1
+            self._start()
 
 
-def merged(
-    calls: Sequence[Sequence[Request]], run: Callable[[Sequence[Request]], list[T]]
-) -> list[list[T] | UserError]:
+def work(body: Body) -> int:
+    """How many predictions a call asks for: users, times scenarios or items."""
+    times = 1 + len(body.get("scenarios", ())) + len(body.get("items", ()))
+    return len(body.get("users", (None,))) * times
+
+
+def merged(calls: Sequence[Sequence[Any]], run: Callable[[Sequence[Any]], list[T]]) -> list[list[T] | UserError]:
     """`run` on the requests of all calls at once: for each call its part of the results, or its own error.
 
     A call that the merged batch is refused for is run again alone, so that its error counts its own users and shows
@@ -151,41 +121,3 @@ def merged(
     for i in left:
         alone(i)
     return [outcomes[i] for i in range(len(calls))]
-
-
-def _by_calendar(requests: Sequence[Request], run: Callable[[Sequence[Request]], list[T]]) -> list[T]:
-    """`run` on the requests, those with one calendar at a time: a batch has one calendar of the coming days.
-
-    An error names the places of the requests in the whole, not in the part.
-    """
-    parts: dict[str, list[int]] = {}
-    for i, request in enumerate(requests):
-        parts.setdefault(json.dumps(request.calendar, sort_keys=True), []).append(i)
-    results: dict[int, T] = {}
-    for places in parts.values():
-        try:
-            found = run([requests[i] for i in places])
-        except UserError as error:
-            raise UserError(_renumber(str(error), places)) from None
-        results.update(zip(places, found, strict=True))
-    return [results[i] for i in range(len(requests))]
-
-
-def _renumber(message: str, places: Sequence[int]) -> str:
-    def place(match: re.Match[str]) -> str:
-        index = int(match[1])
-        return f"users[{places[index]}]" if index < len(places) else match[0]
-
-    return re.sub(r"users\[(\d+)\]", place, message)
-
-
-def _plain(what_if: WhatIf) -> dict[str, Any]:
-    scenarios = [{**scenario, "answer": scenario["answer"].as_dict()} for scenario in what_if.scenarios]
-    return {"baseline": what_if.baseline.as_dict(), "scenarios": scenarios}
-
-
-def _refusal(error: UserError) -> Reply:
-    field = field_of(str(error))
-    if field is not None and re.fullmatch(r"users\[\d+\]\.user", field):
-        return error_reply(404, "unknown_user", str(error), field)
-    return error_reply(400, "refused", str(error), field)

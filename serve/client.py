@@ -1,29 +1,45 @@
-"""A small typed client: the request types in, the response types out, errors as ServeError."""
+"""A small typed client: the request types in, the response types out, errors as ServeError; what is lost or sent away
+is asked again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from serve.gts_types import (
+    GtsUser,
+    GtsUsersRequest,
+    RecommendRequest,
+    RecommendResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
 from serve.types import (
     CalendarRow,
     EmbedResponse,
     ErrorResponse,
-    ModelInfo,
+    GtsInfo,
+    HistoryResponse,
+    LumosInfo,
     ModelsResponse,
     PredictRequest,
     PredictResponse,
     Problem,
     User,
+    UsersRequest,
     WhatIfRequest,
     WhatIfResponse,
 )
 
 Response = TypeVar("Response", bound=BaseModel)
+AGAIN = (429, 503)
+FIRST_WAIT_S, MOST_WAIT_S = 0.2, 10.0
 
 
 class ServeError(Exception):
@@ -35,10 +51,17 @@ class ServeError(Exception):
 
 
 class Client:
-    """Calls a server at `url`. A user is an id or a `User`. Raises ServeError, or httpx.TransportError."""
+    """Calls a server at `url`. A user is an id or a `User` (`GtsUser`). Raises ServeError, or httpx.TransportError.
 
-    def __init__(self, url: str, timeout_s: float = 60.0) -> None:
-        self._http = httpx.Client(base_url=url, timeout=timeout_s)
+    Every call only reads, so each is tried again, up to `retries` times and within `timeout_s` in all: after a
+    connection that failed, and after 429 and 503, as long as Retry-After says (else longer each time). The server is
+    told how long an answer is waited for.
+    """
+
+    def __init__(self, url: str, token: str | None = None, timeout_s: float = 60.0, retries: int = 4) -> None:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(base_url=url, headers=headers)
+        self._timeout_s, self._retries = timeout_s, retries
 
     def __enter__(self) -> Client:
         return self
@@ -48,42 +71,92 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def predict(self, users: Sequence[str | User]) -> PredictResponse:
-        return self._post("/v1/lumos/predict", PredictRequest(users=_users(users)), PredictResponse)
+    def predict(self, users: Sequence[str | User], attention: bool = False) -> PredictResponse:
+        body = PredictRequest(users=_users(users, User), attention=attention)
+        return self._post("/v1/lumos/predict", body, PredictResponse)
 
-    def what_if(self, users: Sequence[str | User], scenarios: Sequence[Sequence[CalendarRow]]) -> WhatIfResponse:
-        body = WhatIfRequest(users=_users(users), scenarios=[list(rows) for rows in scenarios])
+    def what_if(
+        self, users: Sequence[str | User], scenarios: Sequence[Sequence[CalendarRow]], attention: bool = False
+    ) -> WhatIfResponse:
+        rows = [list(rows) for rows in scenarios]
+        body = WhatIfRequest(users=_users(users, User), scenarios=rows, attention=attention)
         return self._post("/v1/lumos/what-if", body, WhatIfResponse)
 
     def embed(self, users: Sequence[str | User]) -> EmbedResponse:
-        return self._post("/v1/lumos/embed", PredictRequest(users=_users(users)), EmbedResponse)
+        return self._post("/v1/lumos/embed", UsersRequest(users=_users(users, User)), EmbedResponse)
 
-    def models(self) -> list[ModelInfo]:
-        return _read(self._http.get("/v1/models"), ModelsResponse).models
+    def history(self, users: Sequence[str | User]) -> HistoryResponse:
+        return self._post("/v1/lumos/history", UsersRequest(users=_users(users, User)), HistoryResponse)
+
+    def recommend(
+        self,
+        users: Sequence[str | GtsUser],
+        k: int = 10,
+        seen_filter: bool = False,
+        reading: Literal["retrieve", "rerank", "generate"] = "retrieve",
+    ) -> RecommendResponse:
+        body = RecommendRequest(users=_users(users, GtsUser), k=k, seen_filter=seen_filter, reading=reading)
+        return self._post("/v1/gts/recommend", body, RecommendResponse)
+
+    def score(self, users: Sequence[str | GtsUser], items: Sequence[str]) -> ScoreResponse:
+        body = ScoreRequest(users=_users(users, GtsUser), items=list(items))
+        return self._post("/v1/gts/score", body, ScoreResponse)
+
+    def embed_gts(self, users: Sequence[str | GtsUser]) -> EmbedResponse:
+        """The users' vectors of GTS-LUM, which retrieval matches with those of items."""
+        return self._post("/v1/gts/embed", GtsUsersRequest(users=_users(users, GtsUser)), EmbedResponse)
+
+    def models(self) -> list[LumosInfo | GtsInfo]:
+        response = self._again(lambda timeout_s: self._http.get("/v1/models", timeout=timeout_s))
+        return _read(response, ModelsResponse).models
 
     def ready(self) -> bool:
-        return self._http.get("/readyz").status_code == 200
+        return self._http.get("/readyz", timeout=self._timeout_s).status_code == 200
 
     def _post(self, path: str, body: BaseModel, kind: type[Response]) -> Response:
-        return _read(self._http.post(path, json=_plain(body)), kind)
+        plain = body.model_dump(mode="json", exclude_unset=True)
+
+        def send(timeout_s: float) -> httpx.Response:
+            headers = {"X-Deadline-Ms": str(max(1, int(timeout_s * 1000)))}
+            return self._http.post(path, json=plain, headers=headers, timeout=timeout_s)
+
+        return _read(self._again(send), kind)
+
+    def _again(self, send: Callable[[float], httpx.Response]) -> httpx.Response:
+        end = time.monotonic() + self._timeout_s
+        for attempt in range(self._retries + 1):
+            wait_s = min(MOST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1)
+            last = attempt == self._retries
+            try:
+                response = send(max(0.001, end - time.monotonic()))
+                wait_s = _retry_after_s(response) or wait_s
+                if last or response.status_code not in AGAIN or time.monotonic() + wait_s >= end:
+                    return response
+            except httpx.TransportError:
+                if last or time.monotonic() + wait_s >= end:
+                    raise
+            time.sleep(wait_s)
+        raise AssertionError("the last attempt returns or raises")
 
 
-def _users(users: Sequence[str | User]) -> list[User]:
-    return [User(user=user) if isinstance(user, str) else user for user in users]
+User_ = TypeVar("User_", User, GtsUser)
 
 
-def _plain(body: BaseModel) -> dict[str, Any]:
-    return body.model_dump(mode="json", exclude_unset=True)
+def _users(users: Sequence[str | User_], kind: type[User_]) -> list[User_]:
+    return [kind(user=user) if isinstance(user, str) else user for user in users]
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    value = response.headers.get("Retry-After", "")
+    return float(value) if value.isdigit() else None
 
 
 def _read(response: httpx.Response, kind: type[Response]) -> Response:
     if response.status_code == 200:
         return kind.model_validate_json(response.content)
-    retry_after = response.headers.get("Retry-After")
     try:
         problem = ErrorResponse.model_validate_json(response.content).error
     except ValidationError:
         # not ours: a proxy in front, or Serve itself while the application is away
         problem = Problem(code="foreign", message=response.text[:200])
-    seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
-    raise ServeError(response.status_code, problem, seconds)
+    raise ServeError(response.status_code, problem, _retry_after_s(response))

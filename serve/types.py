@@ -1,4 +1,5 @@
-"""What travels over HTTP: requests (strict: unknown fields are refused), answers, and the one shape of an error.
+"""What travels over HTTP to and from LUMOS, and what both models share: requests (strict: unknown fields are refused),
+answers, and the one shape of an error. GTS-LUM's own are in `gts_types`.
 
 Days are ISO dates where the model's run file uses dates, day numbers otherwise. The client reads answers with the same
 types that the server documents at /docs.
@@ -71,10 +72,8 @@ Scalar = Annotated[
     PlainValidator(_scalar),
     WithJsonSchema({"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null")]}),
 ]
-Users = Sequence[Mapping[str, Any]]
-"""Users as plain values: the fields of `lum_ray.lumos.predictor.Request` that were sent."""
-Rows = Sequence[Mapping[str, Any]]
-"""Calendar rows as plain values."""
+Body = Mapping[str, Any]
+"""A checked request as plain values: `users`, each with the fields that were sent, and the options of the call."""
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
@@ -113,14 +112,18 @@ class User(Strict):
         description="Replaces all that is known of the coming days of this user; [] means that nothing is coming",
     )
 
-    def plain(self) -> dict[str, Any]:
-        """The fields that were sent."""
-        return self.model_dump(exclude_unset=True)
+
+EXAMPLE: dict[str, Any] = {"users": [{"user": "1029", "cut_day": "2017-11-01"}]}
+ATTENTION = "Also give the share of attention that each coming day pays to each past day"
 
 
-class PredictRequest(Strict):
-    model_config = ConfigDict(json_schema_extra={"example": {"users": [{"user": "1029", "cut_day": "2017-11-01"}]}})
+class UsersRequest(Strict):
+    model_config = ConfigDict(json_schema_extra={"example": EXAMPLE})
     users: list[User] = Field(min_length=1)
+
+
+class PredictRequest(UsersRequest):
+    attention: bool = Field(default=False, description=ATTENTION)
 
 
 class WhatIfRequest(Strict):
@@ -136,6 +139,7 @@ class WhatIfRequest(Strict):
     )
     users: list[User] = Field(min_length=1)
     scenarios: list[list[CalendarRow]] = Field(min_length=1)
+    attention: bool = Field(default=False, description=ATTENTION)
 
 
 class Model(BaseModel):
@@ -167,10 +171,14 @@ class DayValues(BaseModel):
 
 
 class Answer(BaseModel):
+    """`attention`, where it was asked for: for each coming day the share that each of the past `history_days` has,
+    oldest first."""
+
     user: str
     cut_day: int | str
     days: list[DayValues]
     horizons: dict[str, Values]
+    attention: list[list[float]] | None = None
 
 
 class PredictResponse(BaseModel):
@@ -220,20 +228,82 @@ class EmbedResponse(BaseModel):
     embeddings: list[list[float]]
 
 
+class KnownEvent(BaseModel):
+    """`count` events of a type on a day; `value`: of each of them, on average."""
+
+    event_type: str
+    count: int
+    value: float
+
+
+class PastDay(BaseModel):
+    """`existed`: whether the user was there yet."""
+
+    day: int | str
+    existed: bool
+    behaviours: dict[str, float]
+    events: list[KnownEvent]
+
+
+class ComingDay(BaseModel):
+    day: int | str
+    events: list[KnownEvent]
+
+
+class History(BaseModel):
+    """`past`: the days that the model reads, oldest first. `coming`: what is known of the days that it looks ahead."""
+
+    user: str
+    cut_day: int | str
+    past: list[PastDay]
+    coming: list[ComingDay]
+
+
+class HistoryResponse(BaseModel):
+    """`histories` in the order of the request's users."""
+
+    model: Model
+    histories: list[History]
+
+
+class FoundResponse(BaseModel):
+    """Stored ids that begin as asked; `complete`: whether there are no more of them."""
+
+    users: list[str]
+    complete: bool
+
+
 class ModelInfo(Model):
-    """What a client must know of a model. `end_day` is the cut of a request that names none."""
+    """What a client must know of a model. `model` is `lumos` or `gts`; `end_day` is the cut of a request that names
+    none; `refused` says why a newer checkpoint or snapshot that was published is not taken."""
 
     model: str
+    end_day: int | str
+    state: str | None = None
+    refused: str | None = None
+
+
+class LumosInfo(ModelInfo):
     behaviours: list[str]
     event_types: list[str]
     history_days: int
     future_days: int
-    end_day: int | str
     event_columns: dict[str, str] = {}
 
 
+class GtsInfo(ModelInfo):
+    """`event_columns`: what an event must have; `scores`, `generates`: whether the model can rerank and score, and
+    generate."""
+
+    items: int
+    event_columns: list[str]
+    llm: str
+    scores: bool
+    generates: bool
+
+
 class ModelsResponse(BaseModel):
-    models: list[ModelInfo]
+    models: list[LumosInfo | GtsInfo]
 
 
 class StatusResponse(BaseModel):

@@ -14,8 +14,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from lum_ray.artifacts import Artifact, UserError, commit, download, find, join, open_artifact, storage, upload
+from lum_ray.artifacts import (
+    Artifact,
+    UserError,
+    commit,
+    download,
+    find,
+    join,
+    open_artifact,
+    read_json,
+    storage,
+    upload,
+    write_json,
+)
 from lum_ray.data.rows import Rows, hash_strings
 
 FILE = "state.arrow"
@@ -53,6 +66,29 @@ def write_state(uri: str, buckets: Iterable[tuple[int, Rows]], log2_buckets: int
             "file": FILE,
         },
     )
+
+
+def pointer(root: str, run: str) -> str:
+    """Where the pointer of a run's servers is: what was published last under `root`."""
+    return join(root, "state", f"latest-{run}.json")
+
+
+def latest(uri: str) -> dict[str, str]:
+    """What the pointer at `uri` says: URIs by `state` and `checkpoint`, each where it is said. Raises UserError."""
+    try:
+        found = read_json(uri)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{uri}: not JSON ({error}); write it anew with `lum-ray publish`") from None
+    return {name: str(found[name]) for name in ("state", "checkpoint") if found.get(name)}
+
+
+def point(uri: str, **to: str | None) -> None:
+    """Let the pointer at `uri` say `state` or `checkpoint`; what is None stays as it is. Local paths are made absolute,
+    since servers have other working folders."""
+    given = {name: value if "://" in value else os.path.abspath(value) for name, value in to.items() if value}
+    write_json(uri, {**latest(uri), **given})
 
 
 def _to_batch(rows: Rows) -> pa.RecordBatch:
@@ -149,6 +185,20 @@ class State:
                             )
                         )
         return found
+
+    def find(self, prefix: str, limit: int) -> tuple[list[str], bool]:
+        """At most `limit` ids that begin with `prefix`, itself first if it is one, and whether there are no more.
+
+        Reads the ids of one bucket after another until there are enough.
+        """
+        found = list(self.rows([prefix])) if prefix else []
+        for i in range(self._reader.num_record_batches):
+            users = self._reader.get_batch(i)["user"]
+            some = users.filter(pc.starts_with(users, pattern=prefix)).to_pylist()
+            found += [str(user) for user in some if user != prefix]
+            if len(found) > limit:
+                return found[:limit], False
+        return found, True
 
     def users(self) -> list[str]:
         """All user ids, in stored order."""

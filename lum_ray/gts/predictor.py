@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -139,20 +139,26 @@ class Predictor:
         inputs, catalogue, ids = _inputs(fitted), _catalogue(items), _tree(tree)
         if tuple(catalogue.ids) != inputs.items or len(ids) != inputs.count:
             raise UserError(f"{uri}: its items, tree and fitted statistics do not belong together; train anew")
-        stage = load_stage(uri, inputs, device)
+        stage, step = _trained(uri, inputs, device)
         table = _table(fitted)
         assortment = Assortment(stage, tuple(catalogue.text), ids, inputs, table)
         if new_items:
             assortment = assortment.add(new_items)
         known_until = int(record["end_day"] if end_day is None else end_day)
         info = {
-            "name": run.name, "model": "gts", "checkpoint": uri.rstrip("/").rsplit("/", 1)[-1],
+            "name": run.name, "model": "gts", "step": step, "checkpoint": uri.rstrip("/").rsplit("/", 1)[-1],
             "items": len(assortment.ids), "start_day": int(record["start_day"]), "end_day": known_until,
             "event_columns": [run.data.events.time, run.data.events.item], "llm": record["llm"]["name"],
             "scores": run.section.reads_targets, "generates": run.section.generation,
         }  # fmt: skip
         reader = RequestReader(run, int(record["start_day"]), known_until, history_of)
         return cls(assortment, reader, info, next(stage.module.parameters()).device)
+
+    def with_history(self, history_of: History | None, end_day: int | None) -> Predictor:
+        """The same weights and items over other stored histories; see `load`."""
+        known_until = self.requests.end_day if end_day is None else end_day
+        reader = replace(self.requests, history_of=history_of, end_day=known_until)
+        return Predictor(self.assortment, reader, {**self.info, "end_day": known_until}, self.device)
 
     @property
     def dated(self) -> bool:
@@ -310,6 +316,11 @@ def load_stage(uri: str, inputs: GtsInputs, device: str = "auto") -> GtsStage:
 
     Its LLM is loaded by name and revision, and must have the weights that it had in training. Raises UserError.
     """
+    return _trained(uri, inputs, device)[0]
+
+
+def _trained(uri: str, inputs: GtsInputs, device: str) -> tuple[GtsStage, int]:
+    """`load_stage`, and the step of its weights."""
     record, run = record_of(uri)
     stage = GtsStage(run.section, inputs, FAR_FUTURE, run.train.seed)
     if llm_digest(stage.module.decoder) != record["llm"]["digest"]:
@@ -317,8 +328,9 @@ def load_stage(uri: str, inputs: GtsInputs, device: str = "auto") -> GtsStage:
             f"{uri}: its LLM {record['llm']['name']} has other weights than in training; restore that revision"
         )
     frozen = {name for name, parameter in stage.module.named_parameters() if not parameter.requires_grad}
+    trained = weights.load(uri)
     try:
-        missing, unexpected = stage.module.load_state_dict(weights.load(uri).tensors, strict=False)
+        missing, unexpected = stage.module.load_state_dict(trained.tensors, strict=False)
     except RuntimeError as error:  # a tensor of another shape
         raise UserError(f"{uri}: of another shape than its run's model: {str(error).splitlines()[1].strip()}") from None
     wrong = [*(name for name in missing if name not in frozen), *unexpected]
@@ -326,7 +338,7 @@ def load_stage(uri: str, inputs: GtsInputs, device: str = "auto") -> GtsStage:
         raise UserError(f"{uri}: lacks or adds parameters of its run's model: {', '.join(wrong[:5])}")
     place = "cuda" if torch.cuda.is_available() else "cpu"
     stage.module.to(place if device == "auto" else device).eval()
-    return stage
+    return stage, int(trained.loop["step"])
 
 
 def _artifact(root: str, name: str, record: Mapping[str, Any], uri: str) -> str:

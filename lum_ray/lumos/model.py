@@ -203,17 +203,25 @@ class Lumos(nn.Module):
         future_event_BCX: Tensor,
         visible_BC: Tensor,
         plain: bool = False,
+        attention: bool = False,
     ) -> dict[str, Tensor]:
-        """Predictions for C cuts, or C scenarios of one cut, of each encoded window."""
-        states, _ = self._decoded(memory, event_rows_ES, future_event_BCX, visible_BC, plain, weights=False)
+        """Predictions for C cuts, or C scenarios of one cut, of each encoded window.
+
+        With `attention` also attention_BCFT: how much of each past day each future day reads, the mean over heads.
+        """
+        states, weights = self._decoded(memory, event_rows_ES, future_event_BCX, visible_BC, plain, weights=attention)
         future, daily, terms = self.config.future_days, self.inputs.daily, len(self.inputs.terms)
         windows, cuts = states.shape[:2]
         days = self.heads(states[:, :, :future].flatten(0, 2), 0, daily, plain)
         over = self.heads(states[:, :, future:].flatten(0, 1).transpose(0, 1), daily, terms, plain)
-        return {
+        found = {
             "daily_BCFVP": days.transpose(0, 1).reshape(windows, cuts, future, *days.shape[::2]),
             "horizon_BCHP": over.transpose(0, 1).reshape(windows, cuts, *over.shape[::2]),
         }
+        if attention:
+            mean_BQT = weights.float().mean(1)
+            found["attention_BCFT"] = mean_BQT.view(windows, cuts, -1, mean_BQT.shape[-1])[:, :, :future]
+        return found
 
     def attention(self, batch: Batch) -> Tensor:
         """Weights (B, M, C * Q, T) of the last decoder layer: for each head M and query (the F future days, then the H

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from lum_ray.data.rows import Rows, Samples
+from lum_ray.data.rows import Int64, Rows, Samples
 from lum_ray.data.windows import HorizonTarget, history, targets
 from lum_ray.lumos import losses
 from lum_ray.lumos.collate import Calendar, EventLayout, as_of_days, profile_arrays, shuffled, stand_in
@@ -71,15 +71,9 @@ class LumosStage:
         pads_B = np.clip(rows.first_day[row] - start_B, 0, length)
         back = np.arange(cuts - 1, -1, -1) * (0 if scenarios else self.config.cut_stride_days)
         cuts_BC = cut_B[:, None] - back
-        ahead = self.inputs.days_ahead(self.config.future_days)
         user_hash, segment = rows.user_hash[row], rows.segment[row]
         past_rows, past_BT = self.calendar.look_up(user_hash, segment, start_B, as_of_days(cuts_BC, start_B, length))
-        rows_of, future_BCX = [past_rows], np.empty((len(samples), cuts, ahead), np.int64)
-        for column, calendar in enumerate(scenarios or [self.ahead] * cuts):
-            cut = cuts_BC[:, column]
-            found, index = calendar.look_up(user_hash, segment, cut, np.repeat(cut[:, None], ahead, axis=1))
-            future_BCX[:, column] = index + sum(len(part) for part in rows_of)
-            rows_of.append(found)
+        ahead_rows, future_BCX = self.futures(rows, row, cuts_BC, scenarios or [self.ahead] * cuts)
         valid_BC = (rows.first_day[row][:, None] + self.min_history_days < cuts_BC) & present
         valid_BC[:, -1] = present  # the plan drew the last cut itself
         daily, horizon = targets(
@@ -106,9 +100,9 @@ class LumosStage:
             "pads_B": pads_B.astype(np.int64),
             "numbers_BN": numbers_BN,
             "categories_BG": categories_BG,
-            "event_rows_ES": np.concatenate(rows_of),
+            "event_rows_ES": np.concatenate([past_rows, ahead_rows]),
             "history_event_BT": past_BT,
-            "future_event_BCX": future_BCX,
+            "future_event_BCX": future_BCX + len(past_rows),
             "visible_BC": np.maximum(cuts_BC - start_B[:, None], 0),
             "daily_BCFV": daily,
             "horizon_BCH": horizon,
@@ -117,6 +111,19 @@ class LumosStage:
             "tokens": np.array(int((length - pads_B).sum()) if present else 0, np.int64),
             "user": rows.user[row],  # for the log; no model reads it
         }
+
+    def futures(self, rows: Rows, row_B: Int64, cuts_BC: Int64, calendars: Sequence[Calendar]) -> tuple[Floats, Int64]:
+        """(event_rows_ES, future_event_BCX): the days from each cut on, each of the C seen through its own calendar."""
+        ahead = self.inputs.days_ahead(self.config.future_days)
+        found_ES: list[Floats] = []
+        future_BCX = np.empty((*cuts_BC.shape, ahead), np.int64)
+        for column, calendar in enumerate(calendars):
+            cut = cuts_BC[:, column]
+            as_of = np.repeat(cut[:, None], ahead, axis=1)
+            found, index = calendar.look_up(rows.user_hash[row_B], rows.segment[row_B], cut, as_of)
+            future_BCX[:, column] = index + sum(len(part) for part in found_ES)
+            found_ES.append(found)
+        return np.concatenate(found_ES), future_BCX
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(sums_K, counts_K) of eq. 7; see `losses.Objective`."""

@@ -64,9 +64,10 @@ def predict(run: Run, *args: Any, **keywords: Any) -> str:
     return (_gts_predict.predict_gts if run.model == "gts" else _predict.predict)(pinned(run), *args, **keywords)
 
 
-def publish(run: Run, log: Log = silent) -> str:
+def publish(run: Run, log: Log = silent, checkpoint: str | None = None) -> str:
     """Write the snapshot of histories that a server looks users up in; see `steps.predict`."""
-    return (_gts_predict.publish_gts if run.model == "gts" else _predict.publish)(pinned(run, log), log)
+    pinned_run = pinned(run, log)
+    return (_gts_predict.publish_gts if run.model == "gts" else _predict.publish)(pinned_run, log, checkpoint)
 
 
 def forget(run: Run, users: Sequence[str], log: Log = silent) -> _forget.Forgotten:

@@ -19,7 +19,7 @@ from lum_ray.config import Run
 from lum_ray.data.raw import open_parquet
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.state import State
+from lum_ray.data.state import State, point, pointer
 from lum_ray.evaluation.ranking_files import RANKING_SCHEMA, ranking_table, write_rankings
 from lum_ray.gts.inference import best, rerank, scores_by, user_embeddings, without_seen
 from lum_ray.gts.predictor import BATCH, Predictor
@@ -37,9 +37,11 @@ USERS = pa.schema([("user", pa.string()), ("embedding", pa.list_(pa.float32()))]
 ITEMS = pa.schema([("item", pa.string()), ("text", pa.string()), USERS.field("embedding"), ("prior", pa.float32())])
 
 
-def publish_gts(run: Run, log: Log = silent) -> str:
-    """Write the snapshot of sequences that a server looks users up in, and return its URI."""
-    return published(run, prepare_sequences(run, log)[1], log)
+def publish_gts(run: Run, log: Log = silent, checkpoint: str | None = None) -> str:
+    """Write the snapshot of sequences that a server looks users up in, and return its URI; see `steps.predict`."""
+    uri = published(run, prepare_sequences(run, log)[1], log)
+    point(pointer(run.root, run.name), state=uri, checkpoint=checkpoint)
+    return uri
 
 
 def open_predictor_gts(run: Run, log: Log = silent, checkpoint: str | None = None) -> Predictor:
@@ -47,7 +49,7 @@ def open_predictor_gts(run: Run, log: Log = silent, checkpoint: str | None = Non
 
     `checkpoint` takes an earlier one instead of training: yesterday's model on today's events.
     """
-    state = State.open(publish_gts(run, log))
+    state = State.open(published(run, prepare_sequences(run, log)[1], log))
     return Predictor.load(checkpoint or train_gts(run, log), state.rows, end_day=state.end_day)
 
 

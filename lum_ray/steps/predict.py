@@ -16,7 +16,7 @@ from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.state import State, write_state
+from lum_ray.data.state import State, point, pointer, write_state
 from lum_ray.data.windows import CutPlan
 from lum_ray.evaluation.predictions import FUNCTIONALS, SCHEMA
 from lum_ray.lumos.config import Inputs
@@ -30,13 +30,18 @@ from lum_ray.steps.train import train
 BATCH = 512
 
 
-def publish(run: Run, log: Log = silent) -> str:
-    """Write the snapshot of histories that a server looks users up in, and return its URI."""
-    return published(run, prepare(run, log).timelines, log)
+def publish(run: Run, log: Log = silent, checkpoint: str | None = None) -> str:
+    """Write the snapshot of histories that a server looks users up in, and return its URI.
+
+    Servers of the run take it from then on, and with it `checkpoint`, if one is given (see `data.state.pointer`).
+    """
+    uri = published(run, prepare(run, log).timelines, log)
+    point(pointer(run.root, run.name), state=uri, checkpoint=checkpoint)
+    return uri
 
 
 def published(run: Run, histories: Artifact, log: Log) -> str:
-    """The snapshot of `histories` (timelines or sequences), written where it is not there yet."""
+    """The snapshot of `histories` (timelines or sequences), written where it is not there yet; no server is told."""
     manifest = histories.manifest
     uri = join(run.root, "state", str(manifest["digest"]))
     if find(uri) is None:
@@ -57,7 +62,7 @@ def open_predictor(run: Run, log: Log = silent, checkpoint: str | None = None) -
 
     `checkpoint` takes an earlier one instead of training: yesterday's model on today's histories.
     """
-    state = State.open(publish(run, log))
+    state = State.open(published(run, prepare(run, log).timelines, log))
     return Predictor.load(checkpoint or train(run, log), state.rows, end_day=state.end_day)
 
 

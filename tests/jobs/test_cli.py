@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jobs.run_file import commented
 from lum_ray import catalog, presets
 from lum_ray.artifacts import UserError
 from lum_ray.config import Run
+from serve.access import read_tokens
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -91,7 +93,28 @@ def test_lists_of_items_by_any_reading(tiny_gts: Run, tmp_path: Path) -> None:
     assert refused.returncode == 1 and "--reading, -k and --unseen are for runs of GTS-LUM" in refused.stderr
 
 
-def test_what_gts_lum_does_not_have_is_said_before_anything_is_trained(tmp_path: Path) -> None:
-    done = command("serve", "gts_tiny", "--root", str(tmp_path))
-    assert done.returncode == 1 and "GTS-LUM, which has no endpoint yet" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--with", "gts_demo"), "expected a run of the other model"),
+        (("--set", "serve.host=0.0.0.0"), "there are no tokens"),
+        (("--set", "serve.tokens=nothing"), "serve.tokens: nothing: no such file"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_anything_is_trained(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    done = command("serve", "gts_tiny", "--root", str(tmp_path), *words)
+    assert done.returncode == 1 and said in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_token_is_shown_beside_the_line_that_is_stored(tmp_path: Path) -> None:
+    done = command("token", "shop")
+    place = tmp_path / "tokens"
+    place.write_text(done.stdout)
+    token = done.stderr.split()[-1]
+    assert token not in done.stdout
+    assert [(one.name, one.sha256) for one in read_tokens(str(place))] == [
+        ("shop", hashlib.sha256(token.encode()).hexdigest())
+    ]

@@ -28,9 +28,9 @@ def test_rows_are_distinct_and_distances_leave_the_row_itself_out() -> None:
 def test_share_of_nearer_cuts() -> None:
     found = reference_rows([batch([[0, 0], [0, 1], [1, 0], [0, 4]])], 1, 2)
     nearness = Nearness(found["event_rows_ES"], found["distances"])
-    assert nearness.share(np.array([[0.0], [1.0]], np.float32)) == (0.0, False)
-    assert nearness.share(np.array([[0.0], [2.0]], np.float32)) == (0.75, False)
-    assert nearness.share(np.array([[0.0], [8.0]], np.float32)) == (1.0, True)
+    assert nearness.share(nearness.gaps(np.array([[0.0], [1.0]], np.float32))) == (0.0, False)
+    assert nearness.share(nearness.gaps(np.array([[0.0], [2.0]], np.float32))) == (0.75, False)
+    assert nearness.share(nearness.gaps(np.array([[0.0], [8.0]], np.float32))) == (1.0, True)
 
 
 def test_a_run_without_calendar_has_no_distance() -> None:
@@ -40,4 +40,5 @@ def test_a_run_without_calendar_has_no_distance() -> None:
         "valid_BC": np.ones((1, 1), bool),
     }
     found = reference_rows([rows], 1, 2)
-    assert Nearness(found["event_rows_ES"], found["distances"]).share(np.zeros((2, 0), np.float32)) == (0.0, False)
+    nearness = Nearness(found["event_rows_ES"], found["distances"])
+    assert nearness.share(nearness.gaps(np.zeros((2, 0), np.float32))) == (0.0, False)

@@ -11,28 +11,32 @@ import pytest
 from starlette.testclient import TestClient
 
 from lum_ray.lumos.predictor import Answer, Request
-from serve.batching import Local, LumosModel
+from serve.gts_types import RecommendResponse, ScoreResponse
 from serve.ingress import Limits, UnavailableError, create_app
 from serve.types import (
+    Body,
     EmbedResponse,
     ErrorResponse,
+    GtsInfo,
+    HistoryResponse,
+    LumosInfo,
     ModelsResponse,
     PredictResponse,
     Problem,
     Reply,
-    Rows,
-    Users,
     WhatIfResponse,
 )
-from tests.serve.fake_predictor import FakePredictor
+from tests.serve.fake_predictor import FakeGts, FakePredictor, local
 
 PREDICT, WHAT_IF, EMBED = "/v1/lumos/predict", "/v1/lumos/what-if", "/v1/lumos/embed"
+RECOMMEND, SCORE = "/v1/gts/recommend", "/v1/gts/score"
 ONE: dict[str, Any] = {"users": [{"user": "u1"}]}
 ROW = {"event_type": "mailer", "start_day": "2017-11-03"}
 
 
 def client(fake: FakePredictor | None = None, limits: Limits | None = None) -> TestClient:
-    return TestClient(create_app(Local(LumosModel(fake or FakePredictor())), limits), raise_server_exceptions=False)
+    models = {"lumos": local(fake or FakePredictor()), "gts": local(FakeGts())}
+    return TestClient(create_app(models, limits), raise_server_exceptions=False)
 
 
 def problem(response: Any, status: int) -> Problem:
@@ -66,8 +70,50 @@ def test_what_if_answers_by_the_documented_type() -> None:
 def test_embed_and_models_answer_by_the_documented_types() -> None:
     found = EmbedResponse.model_validate_json(client().post(EMBED, json=ONE).content)
     assert found.embeddings == [[2.0, 1.5]]
-    (model,) = ModelsResponse.model_validate_json(client().get("/v1/models").content).models
-    assert (model.end_day, model.future_days, model.event_types) == ("2016-07-18", 2, ["holiday", "mailer"])
+    lumos, gts = ModelsResponse.model_validate_json(client().get("/v1/models").content).models
+    assert isinstance(lumos, LumosInfo) and isinstance(gts, GtsInfo)
+    assert (lumos.end_day, lumos.future_days, lumos.event_types) == ("2016-07-18", 2, ["holiday", "mailer"])
+    assert (gts.name, gts.items, gts.event_columns) == ("fake_gts", 9, ["time", "item"])
+
+
+def test_history_users_and_attention_answer_by_the_documented_types() -> None:
+    (found,) = HistoryResponse.model_validate_json(client().post("/v1/lumos/history", json=ONE).content).histories
+    assert (found.past[0].behaviours, found.past[0].events[0].event_type) == ({"active": 1.0}, "mailer")
+    answer = PredictResponse.model_validate_json(client().post(PREDICT, json={**ONE, "attention": True}).content)
+    assert answer.answers[0].attention == [[0.25, 0.75], [0.5, 0.5]]
+    assert "attention" not in client().post(PREDICT, json=ONE).json()["answers"][0]
+    assert client().get("/v1/lumos/users", params={"prefix": "u1"}).json() == {"users": ["u1", "u12"], "complete": True}
+    assert client().get("/v1/gts/users", params={"limit": 1}).json() == {"users": ["u1"], "complete": False}
+    assert problem(client().get("/v1/lumos/users", params={"limit": 0}), 422).field == "limit"
+
+
+def test_gts_answers_by_the_documented_types() -> None:
+    users = [{"user": "u1", "events": [{"time": "2016-07-17", "item": "i3"}]}, {"user": "someone"}]
+    body = {"users": users, "k": 2, "seen_filter": True, "reading": "rerank"}
+    found = RecommendResponse.model_validate_json(client().post(RECOMMEND, json=body).content).answers
+    assert [(answer.user, answer.known, answer.events) for answer in found] == [("u1", True, 1), ("someone", False, 0)]
+    assert [item.item for item in found[0].items] == ["i0", "i1"]
+    asked = client().post(SCORE, json={"users": [{"user": "u1"}], "items": ["b", "a"]})
+    scores = ScoreResponse.model_validate_json(asked.content).answers[0]
+    assert [(item.item, item.share) for item in scores.items] == [("b", 0.5), ("a", 0.5)]
+    embedded = client().post("/v1/gts/embed", json={"users": [{"user": "u1"}]})
+    assert EmbedResponse.model_validate_json(embedded.content).embeddings == [[2.0, 2.5]]
+
+
+def test_options_of_a_recommendation_reach_the_model() -> None:
+    fake = FakeGts()
+    web = TestClient(create_app({"gts": local(fake)}))
+    for body in ({}, {"k": 3, "reading": "generate"}, {"k": 3, "reading": "rerank", "seen_filter": True}):
+        assert web.post(RECOMMEND, json={**ONE, **body}).status_code == 200
+    assert [how for _, how in fake.calls] == [
+        (10, False, False, "retrieve"), (3, False, False, "generate"), (3, True, True, "retrieve"),
+    ]  # fmt: skip
+    assert problem(web.post(PREDICT, json=ONE), 404).code == "not_found"
+
+
+def test_a_refusal_of_items_names_them() -> None:
+    found = problem(client().post(SCORE, json={"users": [{"user": "u1"}], "items": ["a", "nothing"]}), 400)
+    assert (found.code, found.field) == ("refused", "items")
 
 
 def test_inline_events_reach_the_model_as_they_came() -> None:
@@ -92,6 +138,11 @@ def test_inline_events_reach_the_model_as_they_came() -> None:
         (WHAT_IF, {**ONE, "scenarios": [[{"event_type": "mailer"}]]}, "scenarios[0][0].start_day"),
         (WHAT_IF, {**ONE, "scenarios": [[], [{"event_type": 1, "start_day": 1}]]}, "scenarios[1][0].event_type"),
         (EMBED, {"users": [None]}, "users[0]"),
+        (RECOMMEND, {**ONE, "k": 0}, "k"),
+        (RECOMMEND, {**ONE, "reading": "literal"}, "reading"),
+        (RECOMMEND, {"users": [{"user": "u", "calendar": []}]}, "users[0].calendar"),
+        (SCORE, ONE, "items"),
+        (SCORE, {**ONE, "items": ["a", 1]}, "items[1]"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(path: str, body: dict[str, Any], field: str) -> None:
@@ -145,11 +196,13 @@ def test_refusals_of_the_model_keep_field_and_status() -> None:
         (PREDICT, {"users": [{"user": "u", "calendar": [ROW] * 3}]}, "users[0].calendar"),
         (WHAT_IF, {**ONE, "scenarios": [[]] * 3}, "scenarios"),
         (WHAT_IF, {**ONE, "scenarios": [[], [ROW] * 3]}, "scenarios[1]"),
+        (SCORE, {**ONE, "items": ["a"] * 5}, "items"),
+        (SCORE, {"users": [{"user": "u"}] * 2, "items": ["a"] * 3}, "items"),
     ],
 )  # fmt: skip
 def test_too_many_of_anything_is_refused(path: str, body: dict[str, Any], field: str) -> None:
     fake = FakePredictor()
-    limits = Limits(max_users=2, max_events=2, max_scenarios=2, max_calendar=2)
+    limits = Limits(max_users=2, max_events=2, max_scenarios=2, max_calendar=2, max_pairs=4)
     found = problem(client(fake, limits).post(path, json=body), 422)
     assert (found.code, found.field) == ("too_many", field)
     assert fake.calls == []
@@ -173,6 +226,16 @@ def test_the_deadline_ends_a_slow_answer() -> None:
     assert web.get("/healthz").json() == {"status": "ok"}
 
 
+def test_a_caller_may_wait_for_less() -> None:
+    web = client(FakePredictor(work_s=0.5))
+    found = problem(web.post(PREDICT, json=ONE, headers={"X-Deadline-Ms": "50"}), 504)
+    assert (found.code, "0.05 s" in found.message) == ("timeout", True)
+    assert web.post(PREDICT, json=ONE, headers={"X-Deadline-Ms": "9000000"}).status_code == 200
+    for wrong in ("0", "soon"):
+        found = problem(web.post(PREDICT, json=ONE, headers={"X-Deadline-Ms": wrong}), 422)
+        assert found.field == "X-Deadline-Ms"
+
+
 class Held(FakePredictor):
     """Works until it is released."""
 
@@ -180,7 +243,7 @@ class Held(FakePredictor):
         super().__init__()
         self.entered, self.release = threading.Event(), threading.Event()
 
-    def predict(self, requests: Sequence[Request]) -> list[Answer]:
+    def predict(self, requests: Sequence[Request], attention: bool = False) -> list[Answer]:
         self.entered.set()
         assert self.release.wait(timeout=20)
         return super().predict(requests)
@@ -220,19 +283,13 @@ class Away:
             await asyncio.sleep(60)
         raise UnavailableError("its process has died")
 
-    async def predict(self, users: Users) -> Reply:
-        raise UnavailableError("its process has died")
-
-    async def what_if(self, users: Users, scenarios: Sequence[Rows]) -> Reply:
-        raise UnavailableError("its process has died")
-
-    async def embed(self, users: Users) -> Reply:
+    async def call(self, method: str, body: Body) -> Reply:
         raise UnavailableError("its process has died")
 
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_ready_and_alive_differ(silent: bool) -> None:
-    web = TestClient(create_app(Away(silent), Limits(timeout_s=0.1)))
+    web = TestClient(create_app({"lumos": Away(silent)}, Limits(timeout_s=0.1)))
     assert web.get("/healthz").status_code == 200
     assert problem(web.get("/readyz"), 503).code == "not_ready"
     response = web.post(PREDICT, json=ONE)
@@ -252,8 +309,8 @@ def test_the_documentation_shows_bodies_answers_and_errors() -> None:
     web = client()
     assert web.get("/docs").status_code == 200
     paths = web.get("/openapi.json").json()["paths"]
-    for path in (PREDICT, WHAT_IF, EMBED):
+    for path in (PREDICT, WHAT_IF, EMBED, RECOMMEND, SCORE):
         assert "$ref" in paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        for status in ("400", "404", "413", "422", "503", "504"):
+        for status in ("400", "401", "404", "413", "422", "429", "503", "504"):
             schema = paths[path]["post"]["responses"][status]["content"]["application/json"]["schema"]
             assert schema["$ref"].endswith("/ErrorResponse")
