@@ -12,16 +12,13 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from jobs.printing import console, done, plain, print_audit, print_cohorts, print_metrics, print_rankings, say
 from lum_ray import catalog, config, presets
 from lum_ray.artifacts import UserError, join
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console(stderr=True)
-if not console.is_terminal:
-    console.width = max(console.width, 140)  # a log file has room for the table of metrics
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN", help="a run file, or the name of a preset")]
 Root = Annotated[str | None, typer.Option("--root", help="where artifacts go: a folder or s3://bucket/path")]
@@ -31,8 +28,6 @@ Checkpoint = Annotated[
     str | None, typer.Option(metavar="URI", help="an earlier checkpoint, instead of training on the newest data")
 ]
 
-HEADLINE = {"binary": "eval/roc_auc", "continuous": "eval/wmape", "count": "eval/wmape"}
-
 
 def main() -> None:
     """Run the command; errors that the user can mend are one message, without a trace."""
@@ -40,15 +35,11 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        console.print(f"[bold red]error[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error[/] {plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from the last checkpoint")
         sys.exit(130)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def load(run: str, root: str | None, assignments: list[str] | None) -> config.Run:
@@ -61,16 +52,6 @@ def load(run: str, root: str | None, assignments: list[str] | None) -> config.Ru
     from lum_ray.steps.prepare import pinned
 
     return pinned(loaded, say)
-
-
-def say(text: str) -> None:
-    """What the steps report, on stderr."""
-    console.print(f"[dim]·[/] {_plain(text)}", highlight=False, soft_wrap=True)
-
-
-def done(uri: str) -> None:
-    """The last line on stdout."""
-    print(uri, flush=True)
 
 
 @app.command()
@@ -214,7 +195,7 @@ def audit(
     found = step(load(run, root, set_), say, max_users)
     print_audit(found.checks)
     if found.leaky:
-        console.print(f"[bold red]LEAKY[/] {_plain(', '.join(found.leaky))}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]LEAKY[/] {plain(', '.join(found.leaky))}", highlight=False, soft_wrap=True)
     done(found.uri)
     raise typer.Exit(1 if found.leaky else 0)
 
@@ -415,77 +396,6 @@ def doctor() -> None:
         bad |= not fine
     console.print(table)
     raise typer.Exit(1 if bad else 0)
-
-
-def print_metrics(run: config.Run, table: Any) -> None:
-    """The headline metric of every task, a column a model, on stderr."""
-    from lum_ray.steps.train import tasks_of
-
-    found = {(row["task"], row["metric"], row["model"]): row for row in table.to_pylist()}
-    models = sorted({model for _, _, model in found}, key=lambda name: (name != run.name, name))
-    shown = Table("task", "metric", *models, box=None, header_style="bold")
-    tasks = tasks_of(run)
-    shown_tasks = {task for task, _, _ in found}
-    for task in sorted(shown_tasks, key=lambda name: (HEADLINE[tasks[name].kind], not tasks[name].horizon, name)):
-        metric = HEADLINE[tasks[task].kind]
-        rows = [found.get((task, metric, model)) for model in models]
-        values = [row["value"] for row in rows if row]
-        best = (max if metric == "eval/roc_auc" else min)(values) if values else None
-        cells = [
-            "-" if row is None else f"[{'bold' if row['value'] == best else 'default'}]{row['value']:.4f}[/]"
-            + (f" [dim]{row['low']:.3f}–{row['high']:.3f}[/]" if model == run.name else "")
-            for row, model in zip(rows, models, strict=True)
-        ]  # fmt: skip
-        shown.add_row(task, metric.removeprefix("eval/"), *cells)
-    console.print(shown)
-
-
-RANKINGS = ("recall_5", "recall_10", "recall_50", "recall_200", "ndcg_5", "ndcg_10", "mrr")
-
-
-def print_rankings(run: config.Run, table: Any) -> None:
-    """The headline metrics of every model and reading over all test baskets, on stderr; best first by MRR."""
-    rows = table.to_pylist()
-    found = {(row["model"], row["reading"], row["subset"], row["metric"].removeprefix("eval/")): row for row in rows}
-    who = sorted({key[:2] for key in found}, key=lambda key: -found[(*key, "all", "mrr")]["value"])
-    extra = [("repeat", "recall_10"), ("explore", "recall_10")]
-    shown = Table(
-        "model", *RANKINGS, *(f"{subset} {metric}" for subset, metric in extra), box=None, header_style="bold"
-    )
-    for key in who:
-        cells = []
-        for subset, metric in [*(("all", metric) for metric in RANKINGS), *extra]:
-            row = found.get((*key, subset, metric))
-            interval = f" [dim]{row['low']:.3f}–{row['high']:.3f}[/]" if row and metric == "recall_10" else ""
-            cells.append("-" if row is None else f"{row['value']:.4f}{interval}")
-        name = f"{key[0]}: {key[1]}" if key[1] != "baseline" else key[0]
-        shown.add_row(f"[bold]{name}[/]" if key[0] == run.name else name, *cells)
-    console.print(shown)
-    ceiling = next(
-        (row["value"] for row in rows if row["metric"] == "eval/recall_ceiling_5" and row["subset"] == "all"), None
-    )
-    if ceiling is not None:
-        say(f"ceiling of recall_5: {ceiling:.4f} (baskets have more than five items)")
-
-
-def print_audit(checks: Any) -> None:
-    """The leak battery, a row a check, on stderr."""
-    colour = {"ok": "green", "LEAKY": "bold red", "not applicable": "dim"}
-    shown = Table("check", "what was compared", "figure", "bar", "verdict", box=None, header_style="bold")
-    for check in checks:
-        cells = map(_plain, (check.name, check.compared, check.figure, check.bar))
-        shown.add_row(*cells, f"[{colour[check.verdict]}]{check.verdict}[/]")
-    console.print(shown)
-
-
-def print_cohorts(table: Any) -> None:
-    """Treatment minus control of each task, on stderr."""
-    shown = Table("task", "estimate", "difference", "95 %", "treated", "control", box=None, header_style="bold")
-    for row in table.to_pylist():
-        name = row["estimate"].removeprefix("eval/cohort_")
-        shown.add_row(row["task"], name, f"{row['value']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}",
-                      str(row["n_treatment"]), str(row["n_control"]))  # fmt: skip
-    console.print(shown)
 
 
 command: Callable[..., Any] = typer.main.get_command(app)

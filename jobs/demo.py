@@ -14,7 +14,7 @@ from lum_ray.config import Run
 
 def run_lumos_demo(run: Run, say: Callable[[str], None]) -> None:
     """Prepare, train, evaluate and serve `run`; print the metrics, the report's path and two answered requests."""
-    from jobs.cli import done, print_metrics
+    from jobs.printing import done, print_metrics
     from lum_ray.data.state import State
     from lum_ray.steps import describe, evaluate, prepare, publish, train
     from lum_ray.steps.session import start_ray
@@ -63,7 +63,7 @@ def run_lumos_demo(run: Run, say: Callable[[str], None]) -> None:
 def run_gts_demo(run: Run, say: Callable[[str], None]) -> None:
     """Prepare, train and evaluate `run`; print the metrics, the report's path and what one household is expected to
     take next."""
-    from jobs.cli import done, print_rankings
+    from jobs.printing import done, print_rankings
     from lum_ray.data.state import State
     from lum_ray.gts.requests import Request
     from lum_ray.steps import describe, evaluate, open_predictor, prepare, publish

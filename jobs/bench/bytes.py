@@ -32,7 +32,8 @@ from jobs.bench.rows import emit, hardware, note, spread
 from jobs.bench.time_limit import time_limit
 from lum_ray import presets
 from lum_ray.config import Behaviour, Source
-from lum_ray.data.prepare import Tokenizer, prepare_calendar, prepare_timelines
+from lum_ray.data.calendar import prepare_calendar
+from lum_ray.data.prepare import Tokenizer, prepare_timelines
 from lum_ray.data.raw import raw_files
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows

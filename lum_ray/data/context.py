@@ -17,18 +17,8 @@ import pyarrow.compute as pc
 from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Profiles
 from lum_ray.data.raw import RawFile, RowNumbers, batches, raw_files
-from lum_ray.data.schema import (
-    REJECTS,
-    Rejected,
-    check_time,
-    check_user,
-    check_zone,
-    mask,
-    plain_column,
-    readable,
-    require,
-    wrong_type,
-)
+from lum_ray.data.rejects import REJECTS, Rejected, mask, readable
+from lum_ray.data.schema import check_time, check_user, check_zone, plain_column, require, wrong_type
 from lum_ray.data.times import RANGE, to_day
 from lum_ray.data.windows import KNOWN_AT
 

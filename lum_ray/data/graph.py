@@ -16,19 +16,9 @@ from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Graph
 from lum_ray.data.items import BATCH_ROWS, Catalogue
 from lum_ray.data.raw import RawFile, batches, raw_files
+from lum_ray.data.rejects import REJECTS, Rejected, first_rejects, mask, readable
 from lum_ray.data.rows import Int64, hash_strings
-from lum_ray.data.schema import (
-    REJECTS,
-    Rejected,
-    check_time,
-    check_user,
-    first_rejects,
-    mask,
-    plain_column,
-    readable,
-    require,
-    wrong_type,
-)
+from lum_ray.data.schema import check_time, check_user, plain_column, require, wrong_type
 from lum_ray.data.times import to_day
 from lum_ray.data.windows import visible
 

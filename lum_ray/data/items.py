@@ -23,19 +23,9 @@ from lum_ray.artifacts import UserError
 from lum_ray.config import Data, Items
 from lum_ray.data.expressions import plain
 from lum_ray.data.raw import RawFile, RowNumbers, batches, raw_files
+from lum_ray.data.rejects import REJECTS, Rejected, first_rejects, mask, readable
 from lum_ray.data.rows import HashIndex, Int64, Strings, hash_strings
-from lum_ray.data.schema import (
-    REJECTS,
-    Rejected,
-    check_user,
-    first_rejects,
-    item_column,
-    mask,
-    plain_column,
-    readable,
-    require,
-    wrong_type,
-)
+from lum_ray.data.schema import check_user, item_column, plain_column, require, wrong_type
 
 BATCH_ROWS = 1 << 19
 SEPARATOR = ", "

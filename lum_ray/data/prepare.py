@@ -33,15 +33,16 @@ from lum_ray import artifacts
 from lum_ray.artifacts import Artifact, UserError, join, storage
 from lum_ray.config import Data, day_number
 from lum_ray.data import buckets
-from lum_ray.data.context import canonical_calendar, check_profiles, has_dates, repeated_users_error
-from lum_ray.data.forgotten import forgotten_users, without, without_theirs
+from lum_ray.data.context import check_profiles, repeated_users_error
+from lum_ray.data.forgotten import forgotten_users
 from lum_ray.data.increments import Base, as_fingerprinted, find_base
-from lum_ray.data.raw import RawFile, RawTables, raw_files
+from lum_ray.data.raw import RawFile, RawTables
 from lum_ray.data.reader import Timelines
-from lum_ray.data.schema import REJECTS, check_events, first_rejects
+from lum_ray.data.rejects import REJECTS, too_many
+from lum_ray.data.schema import check_events
 from lum_ray.data.tasks import Job, Task, Tokenizer, map_tasks, merge_tasks, run_task
 
-__all__ = ["Engine", "Progress", "Tokenizer", "prepare_calendar", "prepare_timelines", "silent"]
+__all__ = ["Engine", "Progress", "Tokenizer", "prepare_timelines", "silent"]
 
 Engine = Literal["auto", "local", "ray"]
 Progress = Callable[[str, int, int], None]
@@ -240,56 +241,6 @@ def _build(
     return artifact
 
 
-def prepare_calendar(
-    data: Data,
-    tables: RawTables,
-    uri: str,
-    first_day: int,
-    end_day: int,
-    fingerprint: Any = None,
-    root: str | None = None,
-) -> Artifact:
-    """Build the calendar artifact at `uri`: the rows as they came, and public holidays of [first_day, end_day + 366).
-
-    One file, `0000.parquet`, with the columns of `context.CALENDAR`, sorted; no rows where the run has no calendar.
-    Rows of users who are forgotten under `root` are left out.
-    Raises UserError as `canonical_calendar`, and for holidays where the events have day numbers instead of dates.
-    """
-    found = artifacts.find(uri)
-    if found is not None:
-        return found
-    wanted = data.calendar is not None
-    if data.calendar is not None and data.calendar.holidays:
-        if not has_dates(raw_files(tables.events, "events"), data.events.time):
-            raise UserError(
-                f"data.calendar.holidays: the events' `{data.events.time}` holds day numbers, not dates; remove it"
-            )
-    elif wanted and tables.calendar is None:
-        raise UserError(
-            "data.calendar: set, but there is neither a calendar table nor `holidays`; give one or remove it"
-        )
-    rows, rejects = canonical_calendar(data, tables.calendar if wanted else None, first_day, end_day)
-    total = rejects.num_rows + rows.num_rows
-    forgotten = forgotten_users(root) if root else ()
-    rows, rejects = without_theirs(rows, forgotten), without(rejects, forgotten)
-    if rejects.num_rows:
-        artifacts.write_table(join(uri, "rejects", "0000.parquet"), rejects)
-        if rejects.num_rows > data.max_reject_share * total:
-            raise _too_many(data, "calendar", rejects.num_rows, total, rejects, uri)
-    artifacts.write_table(join(uri, "0000.parquet"), rows)
-    manifest = {
-        "kind": "calendar",
-        "digest": uri.rstrip("/").rsplit("/", 1)[-1],
-        "inputs": fingerprint,
-        "files": [{"name": "0000.parquet", "rows": rows.num_rows}],
-        "event_types": sorted(pc.unique(rows["event_type"]).to_pylist()),
-        "rows_in": total,
-        "rows_rejected": rejects.num_rows,
-        "rows_forgotten": total - rejects.num_rows - rows.num_rows,
-    }
-    return artifacts.commit(uri, manifest)
-
-
 def _base(
     data: Data,
     tables: RawTables,
@@ -417,19 +368,5 @@ def _check_rejects(job: Job, results: Sequence[Task], rows_in: dict[str, int]) -
     for table, count in counts.items():
         if count > job.data.max_reject_share * rows_in[table]:
             some = rejects.filter(pc.starts_with(rejects["file"], f"{table}/"))
-            raise _too_many(job.data, table, count, rows_in[table], some, job.uri)
+            raise too_many(job.data, table, count, rows_in[table], some, job.uri)
     return counts
-
-
-def _too_many(data: Data, table: str, count: int, total: int, rejects: pa.Table, uri: str) -> UserError:
-    lines = first_rejects(rejects)
-    more = (
-        [f"  ... and {count - len(lines)} more, in {join(uri, 'rejects', '0000.parquet')}"]
-        if count > len(lines)
-        else []
-    )
-    head = (
-        f"{table}: {count} of {total} rows break the schema ({count / total:.2%}), more than data.max_reject_share = "
-        f"{data.max_reject_share:.2%}; mend them at the source, or raise data.max_reject_share to go on without them"
-    )
-    return UserError("\n".join([head, *lines, *more]))

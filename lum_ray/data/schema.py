@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import difflib
 import zoneinfo
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -27,12 +25,9 @@ from lum_ray.config import Data, day_number
 from lum_ray.data.delta import DeltaTable
 from lum_ray.data.expressions import parse, plain, to_units
 from lum_ray.data.raw import NOTHING, Overlay, RawFile, RowNumbers, batches, delta_files, empty_batch, raw_files
+from lum_ray.data.rejects import REJECTS, Rejected, decoded, mask, readable, row_numbers
 from lum_ray.data.times import RANGE, to_day, to_instant
 
-Bool = npt.NDArray[np.bool_]
-REJECTS = pa.schema(
-    [("file", pa.string()), ("row", pa.int64()), *((name, pa.string()) for name in ("reason", "value", "user"))]
-)
 RESERVED = ("bucket", "user", "user_hash", "days", "day")
 """Columns of the timelines, which no behaviour may be named after."""
 PROVENANCE = ("@id", "@file", "@row")
@@ -151,7 +146,7 @@ def require(file: RawFile, columns: dict[str, str]) -> None:
 
 def check_user(file: RawFile, column: str) -> None:
     """Raise UserError unless the column holds strings or whole numbers."""
-    found = _decoded(file.schema.field(column).type)
+    found = decoded(file.schema.field(column).type)
     if not (_is_string(found) or pa.types.is_integer(found)):
         raise wrong_type(file, column, "strings or whole numbers", "cast the ids to strings")
 
@@ -174,82 +169,6 @@ def wrong_type(file: RawFile, column: str, expected: str, mend: str) -> UserErro
     return UserError(
         f"{file.uri}: column `{column}`: expected {expected}, got {file.schema.field(column).type}; {mend}"
     )
-
-
-class Rejected:
-    """Collects for each row of a block the first reason against it."""
-
-    def __init__(self, file: str, rows_of: RowNumbers, rows: int) -> None:
-        self.file, self.numbers = file, row_numbers(rows_of, rows)
-        self.bad = np.zeros(rows, np.bool_)
-        self._rows: list[npt.NDArray[np.int64]] = []
-        self._reasons: list[pa.Array] = []
-        self._values: list[pa.Array] = []
-
-    def add(self, wrong: Bool, reason: str, values: pa.ChunkedArray | None = None) -> None:
-        """Reject the rows of the mask `wrong` (N,) that are not rejected yet; `values` (N,) are what is wrong."""
-        rows = np.flatnonzero(wrong & ~self.bad)
-        if len(rows) == 0:
-            return
-        self.bad[rows] = True
-        # as Arrow writes them: Python has no datetime after the year 9999
-        shown = (
-            [None] * len(rows) if values is None else pc.cast(pc.take(values, pa.array(rows)), pa.string()).to_pylist()
-        )
-        self._rows.append(rows)
-        self._reasons.append(pa.repeat(pa.scalar(reason), len(rows)))
-        self._values.append(pa.array(shown, pa.string()))
-
-    def table(self, users: pa.ChunkedArray | None = None) -> pa.Table:
-        """The rejects so far, by row; `users` (N,) are those of all rows of the block."""
-        if not self._rows:
-            return REJECTS.empty_table()
-        rows = np.concatenate(self._rows)
-        order = np.argsort(rows)
-        reasons, values = (pa.concat_arrays(parts).take(pa.array(order)) for parts in (self._reasons, self._values))
-        file = pa.repeat(pa.scalar(self.file), len(rows))
-        whose = pa.nulls(len(rows), pa.string()) if users is None else users.take(pa.array(rows[order]))
-        row = pa.array(self.numbers[rows[order]], pa.int64())
-        return pa.table([file, row, reasons, values, pc.cast(whose, pa.string())], schema=REJECTS)
-
-
-def row_numbers(rows_of: RowNumbers, count: int) -> npt.NDArray[np.int64]:
-    """The row in its file of each of `count` rows."""
-    return np.arange(rows_of, rows_of + count) if isinstance(rows_of, int) else rows_of
-
-
-def first_rejects(rejects: pa.Table) -> list[str]:
-    """The first five as lines for a message: where and why, without data."""
-    return [f"  {row['file']}, row {row['row']}: {row['reason']}" for row in rejects.slice(0, 5).to_pylist()]
-
-
-def with_value(reject: Mapping[str, Any]) -> str:
-    """A reject's reason and its value: for the one who sent it in a request, never for a log."""
-    return str(reject["reason"]) + (f", got {reject['value']}" if reject["value"] is not None else "")
-
-
-def readable(column: pa.ChunkedArray, rejected: Rejected, name: str) -> pa.ChunkedArray:
-    """A column with null for texts that are no UTF-8, whose rows are rejected: parquet promises it, nobody checks."""
-    coded = pa.types.is_dictionary(column.type)
-    if not pa.types.is_string(_decoded(column.type)):
-        return column
-    try:
-        column.validate(full=True)
-        return column
-    except pa.ArrowInvalid:
-        column = pc.cast(column, pa.string()) if coded else column
-        texts = pc.cast(column, pa.binary()).to_pylist()
-    wrong = np.array([text is not None and text != text.decode(errors="ignore").encode() for text in texts], np.bool_)
-    rejected.add(wrong, f"`{name}` is not UTF-8")
-    mended = pc.if_else(pa.array(wrong), pa.scalar(None, pa.string()), column)
-    return mended.dictionary_encode() if coded else mended
-
-
-def mask(values: Any) -> Bool:
-    """An Arrow condition as numpy, null as False."""
-    array = pc.fill_null(values, False) if values.null_count else values
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    return np.asarray(array.to_numpy(zero_copy_only=False), np.bool_)
 
 
 def clean_events(
@@ -399,10 +318,6 @@ def _aggregated_at_once(data: Data) -> bool:
 def _text(column: pa.ChunkedArray, coded: bool) -> pa.ChunkedArray:
     """As strings; with `coded`, as the dictionary of strings that they came as."""
     return column if coded and pa.types.is_dictionary(column.type) else pc.cast(column, pa.string())
-
-
-def _decoded(found: pa.DataType) -> pa.DataType:
-    return found.value_type if pa.types.is_dictionary(found) else found
 
 
 def _is_string(found: pa.DataType) -> bool:

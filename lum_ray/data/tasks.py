@@ -22,7 +22,8 @@ from lum_ray.data import buckets
 from lum_ray.data.context import clean_profiles, repeated_users
 from lum_ray.data.forgotten import without
 from lum_ray.data.raw import RawFile, batches, from_json, to_json
-from lum_ray.data.schema import PROVENANCE, REJECTS, drop_repeats, read_events
+from lum_ray.data.rejects import REJECTS
+from lum_ray.data.schema import PROVENANCE, drop_repeats, read_events
 
 Task = dict[str, Any]
 

@@ -17,9 +17,10 @@ import pyarrow as pa
 
 from lum_ray.artifacts import UserError
 from lum_ray.data.reader import rows_from_tables
+from lum_ray.data.rejects import with_value
 from lum_ray.data.requests import RequestFields
 from lum_ray.data.rows import Int64, Rows, Samples, Strings
-from lum_ray.data.schema import clean_events, with_value
+from lum_ray.data.schema import clean_events
 from lum_ray.gts.sequences import COLUMNS, merge, tokenize
 
 FAR_FUTURE: Final = 2**31 - 1

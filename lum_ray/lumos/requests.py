@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from lum_ray.artifacts import UserError
 from lum_ray.data.reader import rows_from_tables
+from lum_ray.data.rejects import with_value
 from lum_ray.data.requests import RequestFields
 from lum_ray.data.rows import Rows, Samples
-from lum_ray.data.schema import clean_events, with_value
+from lum_ray.data.schema import clean_events
 from lum_ray.lumos.collate import Calendar, EventLayout
 from lum_ray.lumos.timelines import tokenize
 

@@ -29,6 +29,7 @@ from lum_ray.config import Run, Subset, day_number
 from lum_ray.data import delta
 from lum_ray.data import prepare as data_prepare
 from lum_ray.data.adapters import VERSIONS, write_source
+from lum_ray.data.calendar import prepare_calendar
 from lum_ray.data.raw import RawFile, RawTables
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import Rows, Samples
@@ -183,7 +184,7 @@ def prepare(run: Run, log: Log = silent) -> Prepared:
 
     holidays = data.calendar.holidays if data.calendar else None
     name = digest("calendar", holidays, data.time_zone, prints.calendar, first_day, end_day)
-    calendar = data_prepare.prepare_calendar(
+    calendar = prepare_calendar(
         data, tables, join(run.root, "calendar", name), first_day, end_day, prints.calendar, run.root
     )
     until = fit_until(run, end_day)

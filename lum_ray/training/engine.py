@@ -31,22 +31,11 @@ import torch.distributed as dist
 
 from lum_ray.artifacts import UserError
 from lum_ray.stage import Batch, to_device
+from lum_ray.training.saved import MOMENTS, Saved, take_up
 from lum_ray.training.settings import EngineSettings, learning_rate, uses_bf16
 
-Tensors = Mapping[str, torch.Tensor]
 LossSums = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 NEVER = 10**9
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Of torch's AdamW, by their names there."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a run goes on from: the updates done, `Engine.weights` and `Engine.state` of that moment."""
-
-    steps: int
-    weights: Tensors
-    state: Tensors
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,7 @@ class Engine:
         """
         if saved is not None:
             # before DeepSpeed makes its own copies of them
-            _take_up(module, saved, bool(settings.ema))
+            take_up(module, saved, bool(settings.ema))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         deepspeed = _import_deepspeed(device)
@@ -321,22 +310,6 @@ class Engine:
         self._engine.destroy()
         if self._owns_group:
             _leave()
-
-
-def _take_up(module: torch.nn.Module, saved: Saved, averaged: bool) -> None:
-    """Set the module's parameters and buffers to those of `saved`. Raises UserError for those of another model."""
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    keys = [f"{key}/{name}" for name in named for key in (*MOMENTS, *(("parameter",) if averaged else ()))]
-    wrong = sorted(set(keys) ^ set(saved.state)) or sorted(set(named) - set(saved.weights))
-    if wrong:
-        raise UserError(
-            f"a checkpoint of other parameters, or of another train.ema: {', '.join(wrong[:5])}; use the settings that "
-            "it was trained with, or train anew with --fresh"
-        )
-    tensors = dict(saved.weights)
-    if averaged:
-        tensors |= {name: saved.state[f"parameter/{name}"] for name in named}
-    module.load_state_dict(tensors, strict=False)
 
 
 def _config(settings: EngineSettings) -> dict[str, Any]:

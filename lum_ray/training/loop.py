@@ -34,7 +34,8 @@ from lum_ray.config import Train
 from lum_ray.stage import Stage
 from lum_ray.training.checkpoint import STATE, Resumed, Writer, resume
 from lum_ray.training.collectives import broadcast, gather_columns
-from lum_ray.training.engine import Engine, Outcome, Saved
+from lum_ray.training.engine import Engine, Outcome
+from lum_ray.training.saved import Saved
 from lum_ray.training.settings import EngineSettings, uses_bf16
 from lum_ray.training.telemetry import ProgressLine, Telemetry, Window
 from lum_ray.weights import MODEL

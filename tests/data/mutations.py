@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 
 from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Calendar, Data, Events, Profiles
-from lum_ray.data.prepare import Tokenizer, prepare_calendar, prepare_timelines
+from lum_ray.data.calendar import prepare_calendar
+from lum_ray.data.prepare import Tokenizer, prepare_timelines
 from lum_ray.data.raw import RawTables
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import hash_strings

@@ -16,7 +16,8 @@ from lum_ray import artifacts
 from lum_ray.artifacts import UserError
 from lum_ray.config import Behaviour, Calendar, Data, Events, Profiles
 from lum_ray.data import buckets, prepare, tasks
-from lum_ray.data.prepare import Tokenizer, prepare_calendar, prepare_timelines
+from lum_ray.data.calendar import prepare_calendar
+from lum_ray.data.prepare import Tokenizer, prepare_timelines
 from lum_ray.data.raw import RawTables, raw_files
 from lum_ray.data.reader import Timelines
 from lum_ray.data.rows import hash_strings

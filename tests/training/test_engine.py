@@ -11,7 +11,8 @@ import torch
 from lum_ray.artifacts import UserError
 from lum_ray.stage import to_device
 from lum_ray.training.collectives import broadcast, gather_columns
-from lum_ray.training.engine import Engine, Saved
+from lum_ray.training.engine import Engine
+from lum_ray.training.saved import Saved
 from lum_ray.training.settings import EngineSettings, learning_rate, uses_bf16
 from lum_ray.training.telemetry import read_metrics
 from lum_ray.weights import load
