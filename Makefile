@@ -57,6 +57,7 @@ check-manifests: env
 bench: env
 	$(BIN)/python -m jobs.bench.train_step --quick
 	$(BIN)/python -m jobs.bench.engine --quick
+	$(BIN)/python -m jobs.bench.increment --quick --root $(RUNS)
 	$(BIN)/python -m jobs.bench.gpu --model lumos --quick
 	$(BIN)/python -m jobs.bench.gpu --model gts --quick
 	$(BIN)/python -m jobs.bench.quality_lumos --dataset simulator --quick
