@@ -8,6 +8,7 @@ Shapes: N users, A active days (all users together; events in sequences), U beha
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +85,7 @@ class Timelines:
         self._footers: dict[str, pq.FileMetaData] = {}
         self._cache: RangeCache | None = None
         self._fetched: dict[tuple[str, int], Window] = {}
+        self._opening: dict[str, threading.Lock] = {}
 
     @classmethod
     def open(cls, uri: str) -> Timelines:
@@ -93,7 +95,7 @@ class Timelines:
     def with_cache(self, cache: RangeCache) -> Timelines:
         """The same timelines, whose buckets can be fetched ahead of being read."""
         copied = copy.copy(self)
-        copied._cache, copied._fetched = cache, {}
+        copied._cache, copied._fetched, copied._opening = cache, {}, {}
         return copied
 
     def fetch(self, bucket: int) -> int:
@@ -101,8 +103,10 @@ class Timelines:
         assert self._cache is not None, "fetch() is for timelines with a cache"
         asked = 0
         for group in [*self._groups.get(bucket, []), *self._profiles.get(bucket, [])]:
-            if group.uri not in self._footers:
-                asked += self._read(group, ())[1]
+            # several threads fetch: one of them reads the footer
+            with self._opening.setdefault(group.uri, threading.Lock()):
+                if group.uri not in self._footers:
+                    asked += self._read(group, ())[1]
             begin, end = _extent(self._footers[group.uri].row_group(group.index))
             content, size = self._cache.read(group.uri, begin, end)
             self._fetched[group.uri, group.index] = Window(content, begin)
