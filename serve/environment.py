@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 
 def optimise(haproxy: bool = False) -> None:
@@ -12,6 +13,7 @@ def optimise(haproxy: bool = False) -> None:
     health checks there. With `haproxy` HAProxy takes the place of Serve's proxy, at a fraction of its CPU; but its
     statistics (port 8404) and metrics (9101) are open to every address, and a server needs half a minute to end.
     """
-    haproxy = os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", str(int(haproxy))) == "1"
+    there = sys.platform == "linux"  # Ray brings HAProxy for Linux only
+    haproxy = os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", str(int(haproxy and there))) == "1"
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", str(int(haproxy)))

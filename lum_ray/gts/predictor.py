@@ -139,7 +139,7 @@ class Predictor:
         inputs, catalogue, ids = _inputs(fitted), _catalogue(items), _tree(tree)
         if tuple(catalogue.ids) != inputs.items or len(ids) != inputs.count:
             raise UserError(f"{uri}: its items, tree and fitted statistics do not belong together; train anew")
-        stage, step = _trained(uri, inputs, device)
+        stage, step = load_stage(uri, inputs, device)
         table = _table(fitted)
         assortment = Assortment(stage, tuple(catalogue.text), ids, inputs, table)
         if new_items:
@@ -311,16 +311,12 @@ def record_of(uri: str) -> tuple[dict[str, Any], runs.Run]:
     return record, runs.read_run(record["run"], {"gts": GtsConfig})
 
 
-def load_stage(uri: str, inputs: GtsInputs, device: str = "auto") -> GtsStage:
-    """The trained stage of the checkpoint at `uri` (its best weights) over the `inputs` that it was trained with.
+def load_stage(uri: str, inputs: GtsInputs, device: str = "auto") -> tuple[GtsStage, int]:
+    """The trained stage of the checkpoint at `uri` (its best weights, and their step) over the `inputs` that it was
+    trained with.
 
     Its LLM is loaded by name and revision, and must have the weights that it had in training. Raises UserError.
     """
-    return _trained(uri, inputs, device)[0]
-
-
-def _trained(uri: str, inputs: GtsInputs, device: str) -> tuple[GtsStage, int]:
-    """`load_stage`, and the step of its weights."""
     record, run = record_of(uri)
     stage = GtsStage(run.section, inputs, FAR_FUTURE, run.train.seed)
     if llm_digest(stage.module.decoder) != record["llm"]["digest"]:

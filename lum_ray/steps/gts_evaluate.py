@@ -71,7 +71,7 @@ def trained_stage(run: Run, prepared: GtsPrepared, checkpoint: str) -> GtsStage:
     record, _ = record_of(checkpoint)
     if record["fitted"] != prepared.fitted.manifest["digest"]:
         raise UserError(f"{checkpoint}: trained with fitted statistics {record['fitted']}, the run has others")
-    return load_stage(checkpoint, prepared.inputs)
+    return load_stage(checkpoint, prepared.inputs)[0]
 
 
 def _batches(
