@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from jobs.cohorts import shares
 from jobs.printing import console, done, plain, print_audit, print_cohorts, print_metrics, print_rankings, say
 from lum_ray import catalog, config, presets
 from lum_ray.artifacts import UserError, join
@@ -233,20 +234,6 @@ def predict(
     if delta is not None:
         deliver(predicted, delta, say)
     done(predicted)
-
-
-def shares(text: str) -> dict[str, float]:
-    """`a:0.5,b:0.5` as a table. Raises UserError for another form."""
-    result = {}
-    for part in text.split(",") if text else []:
-        name, _, value = part.partition(":")
-        try:
-            result[name.strip()] = float(value)
-        except ValueError:
-            raise UserError(
-                f"--cohorts {text}: expected shares such as treatment:0.5,control:0.5, got {part!r}"
-            ) from None
-    return result
 
 
 @app.command()

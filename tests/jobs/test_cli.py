@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.cli import shares
+from jobs.cohorts import shares
 from jobs.run_file import commented
 from lum_ray import catalog, presets
 from lum_ray.artifacts import UserError
