@@ -181,10 +181,10 @@ def batches(
 
     Strings of the columns `dictionary` come as dictionaries.
     """
-    file = open_parquet(uri, dictionary=dictionary)
-    groups = list(range(file.metadata.num_row_groups)) if row_groups is None else list(row_groups)
     constants = {name: delta.constant(kind, text) for name, kind, text in overlay.constants if name in columns}
     stored = [name for name in columns if name not in constants]
+    file = open_parquet(uri, dictionary=[name for name in dictionary if name in stored])
+    groups = list(range(file.metadata.num_row_groups)) if row_groups is None else list(row_groups)
     deleted = np.array(overlay.deleted, np.int64)
     row = first_row
     try:
