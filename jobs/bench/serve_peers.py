@@ -1,7 +1,7 @@
 """What the benchmark of serving puts in the place of our deployments: a model that costs nothing, and Ray Serve as its
 guide has it."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: FastAPI could not read those of a class that travels to a replica
 
 from collections.abc import Mapping, Sequence
 from typing import Any
