@@ -123,10 +123,10 @@ def check_days(history: History, where: str, repeats: bool) -> None:
     wrong = np.flatnonzero(inside & (step < (0 if repeats else 1)))[:5] + 1
     if len(wrong):
         row = np.searchsorted(np.cumsum(history.lengths), wrong, side="right")
-        pairs = list(zip(history.user.take(row).to_pylist(), history.days[wrong].tolist(), strict=True))
+        users = list(dict.fromkeys(history.user.take(row).to_pylist()))
         raise UserError(
             f"{where}: expected {'' if repeats else 'each (user, day) once and '}days ascending, over all parts; "
-            f"got again {pairs}; "
+            f"not so for the users {users}; "
             "prepare the timelines anew, or remove the repeated rows"
         )
 

@@ -383,8 +383,8 @@ def read_rejects(artifact: Any) -> dict[tuple[str, int], list[str]]:
 
 
 def rounded(row: Any) -> Any:
-    """A row with its floats to 14 digits: Arrow's cast of decimals may be one bit away from the nearest float."""
-    cells = [float(f"{cell:.14g}") if isinstance(cell, float) else cell for cell in row]
+    """A row with its numbers to 14 digits: Arrow's cast of decimals may be one bit away from the nearest float."""
+    cells = [float(f"{cell:.14g}") if isinstance(cell, (int, float)) else cell for cell in row]
     return tuple(cells)
 
 

@@ -135,7 +135,9 @@ def test_events_before_the_window_are_rejected(tmp_path: Path) -> None:
     root.data = replace(root.data, max_reject_share=0.01)
     root.write("b", pa.concat_tables([late, events(40, 1, 23, 31)]))
     shutil.rmtree(made.uri)
-    with pytest.raises(UserError, match=r"events: 3 of 43 rows .*\n.*comes 10 days before the end"):
+    with pytest.raises(
+        UserError, match=r"events: 3 of 43 rows .*\n.*comes more than data.late_days = 7 days before the end"
+    ):
         root.prepare()
     assert artifacts.find(first.uri) is not None
 
