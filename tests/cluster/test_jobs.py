@@ -20,7 +20,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.weights import steps
 from tests.cluster.conftest import Head
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]  # a job takes 18 s to start
 WAIT_S = 120.0
 
 
@@ -129,7 +129,6 @@ def training(client: JobSubmissionClient, tmp_path: Path) -> Iterator[tuple[subm
     submit.stop(client, job, lambda text: None)
 
 
-@pytest.mark.faults
 def test_a_stopped_training_saves_and_the_next_submission_goes_on(
     client: JobSubmissionClient, training: tuple[submit.Job, Path], said: list[str]
 ) -> None:
@@ -145,7 +144,6 @@ def test_a_stopped_training_saves_and_the_next_submission_goes_on(
         time.sleep(0.5)
 
 
-@pytest.mark.faults
 def test_ctrl_c_detaches_and_the_job_goes_on(
     head: Head, client: JobSubmissionClient, training: tuple[submit.Job, Path], tmp_path: Path
 ) -> None:
@@ -165,7 +163,6 @@ def test_ctrl_c_detaches_and_the_job_goes_on(
     assert client.get_job_status(f"{job.name}-1") == JobStatus.RUNNING
 
 
-@pytest.mark.faults
 def test_a_job_that_finds_no_room_is_not_waited_for_without_end(
     client: JobSubmissionClient, tmp_path: Path, said: list[str]
 ) -> None:
@@ -185,7 +182,6 @@ def test_a_job_that_finds_no_room_is_not_waited_for_without_end(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.faults
 def test_the_steps_of_rayjob_yaml_run_with_two_workers(client: JobSubmissionClient, tmp_path: Path) -> None:
     document = yaml.safe_load((Path(__file__).parents[2] / "cluster/rayjob.yaml").read_text())
     entrypoint = document["spec"]["entrypoint"].replace("/etc/lum-ray/", "").replace("device=cuda", "device=cpu")

@@ -55,6 +55,7 @@ def test_every_alarm_is_in_the_runbook() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_running_ray_exports_what_is_listed(head: Head) -> None:
     wanted = listed()[0]
     driver = subprocess.Popen(

@@ -19,6 +19,8 @@ from lum_ray.training.telemetry import read_metrics
 from lum_ray.weights import load
 from tests.steps import two_ranks
 
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]  # tests/training has the same on a small model
+
 SETTINGS = [
     "train.steps=1", "train.batch=32", "train.micro_batch=8", "train.ema=0.0", "train.clip_norm=0.0",
     "train.validate_every=1", "train.validate_users=24",
@@ -60,7 +62,6 @@ def moments(place: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in load_file(path).items() if name.startswith("exp_avg/")}
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", ["lumos", "gts"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_equal_one_with_the_double_batch(trained: Path, model: str, stage: int) -> None:

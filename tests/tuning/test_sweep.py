@@ -83,6 +83,7 @@ def wait_for(process: subprocess.Popen[str], done: object) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 @pytest.mark.timeout(1000)
 def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) -> None:
     space, root = tmp_path / "space.yaml", tmp_path / "runs"
