@@ -26,6 +26,11 @@ DATASETS = ("complete_journey", "simulator")
 TINY = ("branching", "depth", "max_tokens", "width", "heads", "layers", "queries", "llm", "keep_layers", "negatives",
         "output_width", "align_steps", "align_group", "graph_width", "table_width", "retrieve", "rerank")  # fmt: skip
 """Fields that --quick takes from the preset `gts_tiny`."""
+SMALL_STEPS, SMALL_BATCH, SMALL_USERS, SMALL_VALIDATION = 300, 16, 0.3, 128
+SMALL = {"keep_layers": 1, "candidates": 2, "propensity_share": 0.125, "align_steps": 24, "rerank": 4}
+SMALL_TOKENS = {"simulator": 24, "complete_journey": 64}
+"""What --small changes: shorter phases and histories, fewer test users and candidates. About a minute of one core for
+an arm on the planted world."""
 
 
 def _each(name: str, *values: str) -> dict[str, Fields]:
@@ -98,13 +103,22 @@ STATEMENTS = (
 )
 
 
-def base_run(dataset: str, root: str, steps: int | None = None, quick: bool = False) -> Run:
-    """The run that every arm starts from: the dataset's preset, trained for `steps` (the preset's where None)."""
+def base_run(dataset: str, root: str, steps: int | None = None, quick: bool = False, small: bool = False) -> Run:
+    """The run that every arm starts from: the dataset's preset, trained for `steps` (the preset's where None).
+
+    `small`: see `SMALL`; `quick`: a smoke test.
+    """
     run = gts_demo() if dataset == "complete_journey" else gts_simulator()
-    steps = steps or (2 if quick else run.train.steps)
+    steps = steps or (2 if quick else SMALL_STEPS if small else run.train.steps)
     every = min(run.train.validate_every, steps)
     train = dataclasses.replace(run.train, steps=steps, validate_every=every, checkpoint_every=every)
     data, section, split = dataclasses.replace(run.data, engine="local"), run.section, run.split
+    if small:
+        section = dataclasses.replace(section, **SMALL, max_tokens=SMALL_TOKENS[dataset])
+        # validated once, at the end: the last weights of every arm are its best
+        train = dataclasses.replace(train, batch=SMALL_BATCH, micro_batch=SMALL_BATCH, validate_every=steps,
+                                    checkpoint_every=steps, validate_users=SMALL_VALIDATION)  # fmt: skip
+        split = dataclasses.replace(split, test=dataclasses.replace(split.test, users=(0.0, SMALL_USERS)))
     if quick:
         tiny = gts_tiny()
         section = dataclasses.replace(section, **{name: getattr(tiny.section, name) for name in TINY})
