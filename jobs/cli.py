@@ -214,6 +214,24 @@ def predict(
     done(step(loaded, say, day, shares(cohorts), salt, checkpoint, **lists))
 
 
+@app.command()
+def label(
+    run: RunFile,
+    labels: Annotated[str, typer.Option(help="parquet: user, cut_day, until_day, task, label (0, 1 or null)")],
+    root: Root = None,
+    set_: Set = None,
+    checkpoint: Checkpoint = None,
+    reading: Annotated[str, typer.Option(help="linear, front, end or none")] = "linear",
+) -> None:
+    """Fit a head for labels of users on a trained GTS-LUM, and predict the rest of the table."""
+    from lum_ray.steps.gts_labels import label_gts
+
+    loaded = load(run, root, set_)
+    if loaded.model != "gts":
+        raise UserError(f"label: expected a run of GTS-LUM, {loaded.name} is one of LUMOS, whose targets are its own")
+    done(label_gts(loaded, labels, say, reading, checkpoint))
+
+
 def shares(text: str) -> dict[str, float]:
     """`a:0.5,b:0.5` as a table. Raises UserError for another form."""
     result = {}

@@ -5,7 +5,7 @@
 
 Rows: ablations_gts/<dataset>/<ablation>/<arm>/<figure>_gain, the arm's figure on the test cuts minus that of the
 ablation's base, paired over users; on stderr the table of all arms for the README, and a verdict on each of the
-paper's statements. A gain whose interval holds 0 is `no effect`. Checkpoints, rankings and reports are artifacts under
+paper's statements. A gain whose interval holds 0 is `no effect`. Checkpoints and rankings are artifacts under
 --root: a second call makes what is missing only, and an arm that was stopped goes on from its last checkpoint. Exit
 code 1 if an arm was left out for want of time.
 
@@ -30,11 +30,11 @@ import torch
 from jobs.bench.ablation_arms_gts import ABLATIONS, DATASETS, FIGURES, STATEMENTS, Fields, base_run
 from jobs.bench.rows import emit, hardware, note
 from jobs.bench.time_limit import time_limit
-from lum_ray.artifacts import UserError, join, open_artifact
+from lum_ray.artifacts import UserError
 from lum_ray.config import Run
 from lum_ray.evaluation.bootstrap import Interval
 from lum_ray.evaluation.ranking import Rankings, evaluate_rankings, read_rankings
-from lum_ray.steps.gts_evaluate import evaluate_gts
+from lum_ray.steps.gts_evaluate import rank_gts
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,8 @@ class Bench:
         if repr(run) not in self.ranked:
             note(f"{ablation}/{arm}")
             start = time.perf_counter()
-            report = evaluate_gts(run, note).uri
-            names = open_artifact(report).manifest["predictions"]
-            own = [join(run.root, "predictions", name) for name in names if name.startswith(f"{run.name}-")]
-            self.ranked[repr(run)] = read_rankings(own)
-            note(f"{ablation}/{arm}: {time.perf_counter() - start:.0f} s, {report}")
+            self.ranked[repr(run)] = read_rankings(lists := rank_gts(run, note))
+            note(f"{ablation}/{arm}: {time.perf_counter() - start:.0f} s, {lists}")
         return self.ranked[repr(run)]
 
     def measure(self, ablation: str, arm: str) -> Found:
