@@ -21,7 +21,7 @@ from jobs.bench.rows import emit, hardware, note
 from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
 from lum_ray.data.reader import Timelines
-from lum_ray.data.rows import Int64, mix, share
+from lum_ray.data.rows import Int64, Rows, Samples, mix, share
 from lum_ray.evaluation.bootstrap import Interval, interval, ratio_resamples, user_weights
 from lum_ray.evaluation.ranking import basket_metrics, ranks_of
 from lum_ray.gts.behaviours import node_numbers
@@ -68,14 +68,20 @@ class Trained:
     def batches(self, users: int) -> Iterator[tuple[Batch, tuple[Int64, Int64], Int64, float]]:
         """The test cut of at most `users` users: a batch, its targets, the users' hashes, and the seconds it took."""
         timelines = Timelines.open(self.prepared.sequences.uri)
-        plan, start = cut_plan(self.run, "test", timelines.end_day), time.process_time()
-        for rows, samples, arrays in evaluation_batches(
-            timelines, plan, self.stage.questions, BATCH, 0, 1, users, self.run.train.seed
-        ):
-            batch, took = to_device(arrays, torch.device("cpu")), time.process_time() - start
-            target = next_items(rows, samples, self.stage.inputs.index_of, timelines.end_day)
-            yield batch, target, rows.user_hash[samples.row].view(np.int64), took
+        plan = cut_plan(self.run, "test", timelines.end_day)
+        parts = evaluation_batches(timelines, plan, lambda *_: {}, BATCH, 0, 1, users, self.run.train.seed)
+        # a bucket has few of them: together they fill their batches
+        pieces = [(rows.take(samples.row), samples.cut) for rows, samples, _ in parts]
+        rows, cuts = Rows.concat([piece for piece, _ in pieces]), np.concatenate([cut for _, cut in pieces])
+        for begin in range(0, len(rows), BATCH):
+            some = rows.take(np.arange(begin, min(begin + BATCH, len(rows))))
+            count = len(some)
+            samples = Samples(np.arange(count), cuts[begin : begin + count], np.zeros(count, np.int32))
             start = time.process_time()
+            batch = to_device(self.stage.questions(some, samples), torch.device("cpu"))
+            took = time.process_time() - start
+            target = next_items(some, samples, self.stage.inputs.index_of, timelines.end_day)
+            yield batch, target, some.user_hash.view(np.int64), took
 
 
 def figures_of(scores_BN: npt.NDArray[Any], target: tuple[Int64, Int64]) -> dict[str, Floats]:
@@ -186,8 +192,8 @@ def irrelevant(dataset: str, run: Run, users: int, quick: bool) -> None:
     found = {name: np.concatenate(values) for name, values in parts.items()}
     plain, half = found["none/recall_10"], np.full(len(found["none/recall_10"]), 0.5)
     shown = {"users": len(plain), "recall_10": float(plain.mean())}
-    note("\n| target in front | P prefers the true item | R prefers it | R@10 with the target in front |")
-    note(f"|---|---|---|---|\n| none | | | {number(float(plain.mean()))} |")
+    note("\n| target in front | P prefers the true item | R prefers it | R's scores move by | R@10 with it in front |")
+    note(f"|---|---|---|---|---|\n| none | | | | {number(float(plain.mean()))} |")
     for kind in ("true", *KINDS):
         gain = paired(found[f"{kind}/recall_10"], plain)
         row(f"irrelevant/{dataset}/{kind}/recall_10_gain", gain, "R@10", run, quick, shown)
@@ -197,7 +203,8 @@ def irrelevant(dataset: str, run: Run, users: int, quick: bool) -> None:
             for reading, at in zip(("p", "r"), wins, strict=True):
                 row(f"irrelevant/{dataset}/{kind}/{reading}_wins_gain", at, "share above one half", run, quick, shown)
             cells = [f"{0.5 + w.value:.3f} [{0.5 + w.low:.3f}, {0.5 + w.high:.3f}]".replace("0.", ".") for w in wins]
-        note(f"| {kind.replace('_', ' ')} | {cells[0]} | {cells[1]} | {cell(gain)} |")
+        moved = f"{100 * found[f'{kind}/moved'].mean():.1f} % of their spread"
+        note(f"| {kind.replace('_', ' ')} | {cells[0]} | {cells[1]} | {moved} | {cell(gain)} |")
 
 
 def _with_targets(
@@ -238,6 +245,8 @@ def _with_targets(
         state = module.last(batch, rows, module.read(batch, x_BLD, rows, 0, fused_ND[asked_BK[:, place]]), True)
         scores = stage.scores(batch, state_BD=state)
         result[f"{kind}/recall_10"] = figures_of(scores.numpy(), target)["recall_10"]
+        moved_B = (scores - plain_BN).std(dim=1) / plain_BN.std(dim=1)
+        result[f"{kind}/moved"] = moved_B.double().numpy()[some]
         for reading, values in scored.items():
             more, same = values[:, 0] > values[:, place], values[:, 0] == values[:, place]
             result[f"{kind}/{reading}_wins"] = more + 0.5 * same

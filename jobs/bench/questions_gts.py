@@ -45,6 +45,7 @@ from lum_ray.steps.gts_prepare import prepare_gts
 
 QUESTIONS = ("cost", "granularity", "front", "irrelevant", "noise")
 DATASETS = ("simulator", "complete_journey")
+USERS = {"cost": 250, "irrelevant": 400, "front": 500}
 ON_SHOPS = ("front",)
 """Questions that only Complete Journey answers."""
 SPLIT = {"validate_from": "2017-09-20", "validate": "2017-09-20", "test": "2017-10-30"}
@@ -163,9 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", default=",".join(QUESTIONS), help="questions, with commas between (default: all)")
     parser.add_argument("--dataset", choices=DATASETS, default="simulator")
-    parser.add_argument(
-        "--users", type=int, help="who are read in cost, irrelevant and front (default: 400, 400, 1000)"
-    )
+    parser.add_argument("--users", type=int, help="who are read in cost, irrelevant and front (default: 250, 400, 500)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny models, two steps")
     parser.add_argument("--root", default="runs/bench", help="where the artifacts are")
     parser.add_argument("--max-minutes", type=float, default=0.0, help="stop after this long (0: never)")
@@ -176,14 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.users is not None and options.users < 1:
         parser.error(f"--users: expected at least 1, got {options.users}")
     dataset, root, quick = options.dataset, options.root, options.quick
-    users = options.users or (40 if quick else 400)
+    users = {name: options.users or (40 if quick else usual) for name, usual in USERS.items()}
     asked: dict[str, Callable[[], Any]] = {
-        "cost": lambda: cost(dataset, question_run(dataset, root, quick), users, quick),
+        "cost": lambda: cost(dataset, question_run(dataset, root, quick), users["cost"], quick),
         "granularity": lambda: granularity(dataset, root, quick),
-        "front": lambda: front(
-            question_run("complete_journey", root, quick), options.users or (60 if quick else 1000), quick
-        ),
-        "irrelevant": lambda: irrelevant(dataset, question_run(dataset, root, quick), users, quick),
+        "front": lambda: front(question_run("complete_journey", root, quick), users["front"], quick),
+        "irrelevant": lambda: irrelevant(dataset, question_run(dataset, root, quick), users["irrelevant"], quick),
         "noise": lambda: noise(dataset, root, quick),
     }
     left = list(wanted)

@@ -21,7 +21,7 @@ from lum_ray.steps.gts_labels import label_gts, read_labels
 
 FIT, TEST = day_number("2023-03-11"), day_number("2023-03-18")
 CUTS = (FIT - 40, FIT - 20, FIT, TEST)
-LIVELY, COIN = "had many events", "heads"
+LATE, COIN = "was last seen in the evening", "heads"
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +30,13 @@ def rows(tiny_gts: Run) -> list[dict[str, Any]]:
     timelines = Timelines.open(prepare(tiny_gts).sequences.uri)
     everyone = timelines.read(np.flatnonzero(timelines.bucket_users).tolist())
     generator, result = np.random.default_rng(0), list[dict[str, Any]]()
-    events = {cut: [int((days < cut).sum()) for days in np.split(everyone.days, everyone.offsets[1:-1])]
-              for cut in CUTS}  # fmt: skip
-    for cut in CUTS:
-        for user, count in zip(everyone.user.tolist(), events[cut], strict=True):
-            known = {LIVELY: float(count > np.median(events[cut])), COIN: float(generator.random() < 0.5)}
+    for row, user in enumerate(everyone.user.tolist()):
+        begin, end = everyone.offsets[row : row + 2]
+        days, values = everyone.days[begin:end], everyone.values[begin:end]
+        for cut in CUTS:
+            before = np.flatnonzero(days < cut)
+            late = len(before) > 0 and (values[before[-1], 1] // 60_000_000 + values[before[-1], 2]) % 1440 >= 1080
+            known = {LATE: float(late), COIN: float(generator.random() < 0.5)}
             for task, label in known.items():
                 shown = None if cut == TEST and task == COIN else label
                 result.append({"user": user, "cut_day": cut, "until_day": cut + 7, "task": task, "label": shown})
@@ -56,8 +58,8 @@ def test_linear_ranks_what_the_history_tells_and_a_coin_it_cannot(
     test = table[table.part == "test"]
     assert set(test.cut_day) == {TEST}
     assert test[test.task == COIN].label.isna().all()
-    lively = test[test.task == LIVELY]
-    yes, no = lively[lively.label == 1].p, lively[lively.label == 0].p
+    late = test[test.task == LATE]
+    yes, no = late[late.label == 1].p, late[late.label == 0].p
     assert (yes.to_numpy()[:, None] > no.to_numpy()).mean() > 0.65
     assert any("log loss" in line for line in said)
     assert label_gts(tiny_gts, str(tmp_path), said.append) == uri
@@ -70,7 +72,7 @@ def test_what_is_known_later_and_later_labels_shape_nothing(
     """Other labels on the test cut, and one whose label is known only after the fit, change no probability."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    late = {"user": rows[0]["user"], "cut_day": FIT - 1, "until_day": FIT + 6, "task": LIVELY, "label": 1.0}
+    late = {"user": rows[0]["user"], "cut_day": FIT - 1, "until_day": FIT + 6, "task": LATE, "label": 1.0}
     other = [{**row, "label": 1.0} if row["cut_day"] == TEST else row for row in rows]
     tables = [
         pq.read_table(join(label_gts(tiny_gts, written(*of)), "labels.parquet"))
