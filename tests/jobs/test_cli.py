@@ -91,7 +91,9 @@ def test_lists_of_items_by_any_reading(tiny_gts: Run, tmp_path: Path) -> None:
     assert refused.returncode == 1 and "--reading, -k and --unseen are for runs of GTS-LUM" in refused.stderr
 
 
-def test_what_gts_lum_does_not_have_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+def test_what_a_model_does_not_have_is_said_before_anything_is_trained(tmp_path: Path) -> None:
     done = command("serve", "gts_tiny", "--root", str(tmp_path))
     assert done.returncode == 1 and "GTS-LUM, which has no endpoint yet" in done.stderr
+    done = command("label", "lumos_tiny", "--labels", "nowhere", "--root", str(tmp_path))
+    assert done.returncode == 1 and "label: expected a run of GTS-LUM" in done.stderr
     assert not list(tmp_path.iterdir())
