@@ -221,7 +221,7 @@ def label(
     root: Root = None,
     set_: Set = None,
     checkpoint: Checkpoint = None,
-    reading: Annotated[str, typer.Option(help="linear, front, end or none")] = "linear",
+    reading: Annotated[str, typer.Option(help="linear, recency, front, end or none")] = "linear",
 ) -> None:
     """Fit a head for labels of users on a trained GTS-LUM, and predict the rest of the table."""
     from lum_ray.steps.gts_labels import label_gts

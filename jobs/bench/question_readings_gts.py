@@ -196,6 +196,7 @@ def irrelevant(dataset: str, run: Run, users: int, quick: bool) -> None:
     note(f"|---|---|---|---|---|\n| none | | | | {number(float(plain.mean()))} |")
     for kind in ("true", *KINDS):
         gain = paired(found[f"{kind}/recall_10"], plain)
+        shown["scores_move"] = float(found[f"{kind}/moved"].mean())
         row(f"irrelevant/{dataset}/{kind}/recall_10_gain", gain, "R@10", run, quick, shown)
         cells = ["", ""]
         if kind != "true":
@@ -203,7 +204,7 @@ def irrelevant(dataset: str, run: Run, users: int, quick: bool) -> None:
             for reading, at in zip(("p", "r"), wins, strict=True):
                 row(f"irrelevant/{dataset}/{kind}/{reading}_wins_gain", at, "share above one half", run, quick, shown)
             cells = [f"{0.5 + w.value:.3f} [{0.5 + w.low:.3f}, {0.5 + w.high:.3f}]".replace("0.", ".") for w in wins]
-        moved = f"{100 * found[f'{kind}/moved'].mean():.1f} % of their spread"
+        moved = f"{100 * found[f'{kind}/moved'].mean():.2g} % of their spread"
         note(f"| {kind.replace('_', ' ')} | {cells[0]} | {cells[1]} | {moved} | {cell(gain)} |")
 
 

@@ -1,7 +1,8 @@
 """Labels of users (gone for 28 days, redeemed a coupon) by a trained GTS-LUM: a head is fitted, the model is not.
 
-`linear`: logistic regression on the user embedding. `front`, `end`, `none`: the label's name is a question in the
-history's prefix, behind the history, or nowhere, see `lum_ray.gts.questions`.
+`linear`: logistic regression on the user embedding. `recency`: the same, beside what no token says: how long before the
+cut the last event lies, how many there were, and over how long. `front`, `end`, `none`: the label's name is a question
+in the history's prefix, behind the history, or nowhere, see `lum_ray.gts.questions`.
 
 What is labelled before `split.validate_from` trains, what lies between it and the first test day chooses (the
 regression's penalty, the best step), what comes later is only predicted, and so is every row without a label. A label
@@ -40,7 +41,7 @@ from lum_ray.steps.gts_train import train_gts
 from lum_ray.steps.prepare import Log, fit_until, select_until, silent
 
 VERSION = 1
-Reading = Literal["linear", "front", "end", "none"]
+Reading = Literal["linear", "recency", "front", "end", "none"]
 COLUMNS = ("user", "cut_day", "until_day", "task", "label")
 PARTS = ("train", "validate", "test")
 PENALTIES = (0.001, 0.01, 0.1, 1.0)
@@ -102,8 +103,8 @@ def label_gts(run: Run, labels: str, log: Log = silent, reading: str = "linear",
     _check_trainable(read, labels)
     predictor = Predictor.load(checkpoint)
     asked = _Asked(predictor.assortment.stage, rows, row, read)
-    if reading == "linear":
-        probability = linear(asked, log)
+    if reading in ("linear", "recency"):
+        probability = linear(asked, reading == "recency", log)
     else:
         probability = _questions(predictor, asked, cast(Position, reading), run.seed, log)
     table = pa.table({
@@ -211,13 +212,24 @@ class _Asked:
         return np.flatnonzero(self.labels.part >= 0)
 
 
-def linear(asked: _Asked, log: Log = silent) -> Floats:
+def recency_facts(rows: Rows, row: Int64, cut: Int64) -> Floats:
+    """Logs of the days since the last event before the cut, of the events, and of the days since the first (S, 3)."""
+    begin, end = rows.span(row, np.iinfo(np.int32).min, cut)
+    observed = np.maximum(cut - rows.first_day[row], 0)
+    last = cut - rows.days[np.maximum(end - 1, 0)] if len(rows.days) else observed
+    since = np.where(end > begin, last, observed)
+    return np.log1p(np.stack([since, end - begin, observed], axis=1).astype(np.float64))
+
+
+def linear(asked: _Asked, with_facts: bool, log: Log = silent) -> Floats:
     """P(yes) (S,), NaN for rows in no part: for each task a logistic regression on the user embeddings of the training
-    cuts, its penalty chosen by the log loss on the validation cuts."""
+    cuts, its penalty chosen by the log loss on the validation cuts. `with_facts`: beside `recency_facts`."""
     labels = asked.labels
     found = np.zeros((len(labels.label), asked.stage.config.output_width))
     for some, batch, place, _ in asked.batches(asked.asked):
         found[some] = user_embeddings(asked.stage, batch)[place.cpu().numpy()]
+    if with_facts:
+        found = np.concatenate([found, recency_facts(asked.rows, asked.row, labels.cut)], axis=1)
     result = np.full(len(labels.label), np.nan)
     for task, name in enumerate(labels.tasks):
         train, validate = labels.known("train", task), labels.known("validate", task)

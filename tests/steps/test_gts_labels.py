@@ -66,6 +66,26 @@ def test_linear_ranks_what_the_history_tells_and_a_coin_it_cannot(
     assert said[-1] == "already predicted"
 
 
+def test_recency_knows_how_long_ago_the_last_event_was(
+    tiny_gts: Run, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    timelines = Timelines.open(prepare(tiny_gts).sequences.uri)
+    everyone = timelines.read(np.flatnonzero(timelines.bucket_users).tolist())
+    place = {user: at for at, user in enumerate(everyone.user.tolist())}
+    row, cut = np.array([place[one["user"]] for one in rows]), np.array([one["cut_day"] for one in rows], np.int64)
+    facts = np.expm1(gts_labels.recency_facts(everyone, row, cut)).round().astype(int)
+    assert (facts[:, 0] >= 1).all() and (facts[:, 0] <= facts[:, 2]).all()
+    away = [{**one, "label": float(days > np.median(facts[:, 0]))} for one, days in zip(rows, facts[:, 0], strict=True)
+            if one["task"] == COIN]  # fmt: skip
+    found = {}
+    for reading in ("linear", "recency"):
+        uri = label_gts(tiny_gts, written(tmp_path, away), reading=reading)
+        table = pq.read_table(join(uri, "labels.parquet")).to_pandas()
+        test = table[table.part == "test"]
+        found[reading] = ((test.p > 0.5) == (test.label == 1)).mean()
+    assert found["recency"] > max(0.85, found["linear"])
+
+
 def test_what_is_known_later_and_later_labels_shape_nothing(
     tiny_gts: Run, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -140,7 +160,7 @@ def test_a_wrong_table_is_refused(
 def test_what_cannot_be_fitted_is_refused(tiny_gts: Run, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one row a .user, cut_day, task., 1 come again"):
         read_labels(written(tmp_path, [*rows, rows[0]]), FIT, TEST)
-    with pytest.raises(UserError, match="reading: expected linear, front, end, none"):
+    with pytest.raises(UserError, match="reading: expected linear, recency, front, end, none"):
         label_gts(tiny_gts, str(tmp_path), reading="middle")
     with pytest.raises(UserError, match="users have no row in the data: nobody"):
         label_gts(tiny_gts, written(tmp_path, [{**rows[0], "user": "nobody"}, *rows[1:]]))
