@@ -51,7 +51,7 @@ HOUSEHOLDS = 2469
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 DRAWN_DAYS = (1.0, 3.0, 7.0, 14.0, 28.0)
 """Of the average household's rate, added to the days of a household's own."""
-DRAWN_LINES = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+DRAWN_LINES = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 """Of the average share, added to the lines of a household's own."""
 
 
@@ -181,7 +181,7 @@ def contest(lumos: Run, gts: Run, quick: bool) -> bool:
     share_N /= share_N.sum()
     tests = range(day_number(FIRST_TEST), day_number(LAST_TEST) + 1, EVERY_DAYS)
     validate = Asked.of(rows, list(map(day_number, VALIDATE)), item_A, len(share_N))
-    # LUMOS asks about no household before its fourth week
+    # LUMOS asks about no household within four weeks of its first day
     test = Asked.of(rows, tests, item_A, len(share_N), {(user, cut) for user, cut, _ in rates})
     kept = [(rows.user[row], int(cut)) for row, cut in zip(test.samples.row, test.samples.cut, strict=True)]
     lumos_SD = np.array([[max(rates[user, cut, cut + day], 1e-4) for day in range(DAYS)] for user, cut in kept])
