@@ -15,7 +15,17 @@ import typer
 from rich.table import Table
 
 from jobs.cohorts import shares
-from jobs.printing import console, done, plain, print_audit, print_cohorts, print_metrics, print_rankings, say
+from jobs.printing import (
+    console,
+    done,
+    plain,
+    print_audit,
+    print_cohorts,
+    print_forgotten,
+    print_metrics,
+    print_rankings,
+    say,
+)
 from lum_ray import catalog, config, presets
 from lum_ray.artifacts import UserError, join
 
@@ -237,6 +247,24 @@ def predict(
 
 
 @app.command()
+def label(
+    run: RunFile,
+    labels: Annotated[str, typer.Option(help="parquet: user, cut_day, until_day, task, label (0, 1 or null)")],
+    root: Root = None,
+    set_: Set = None,
+    checkpoint: Checkpoint = None,
+    reading: Annotated[str, typer.Option(help="linear, recency, front, end or none")] = "linear",
+) -> None:
+    """Fit a head for labels of users on a trained GTS-LUM, and predict the rest of the table."""
+    from lum_ray.steps.gts_labels import label_gts
+
+    loaded = load(run, root, set_)
+    if loaded.model != "gts":
+        raise UserError(f"label: expected a run of GTS-LUM, {loaded.name} is one of LUMOS, whose targets are its own")
+    done(label_gts(loaded, labels, say, reading, checkpoint))
+
+
+@app.command()
 def publish(run: RunFile, root: Root = None, set_: Set = None, checkpoint: Checkpoint = None) -> None:
     """Write the snapshot of histories that `serve` looks users up in; servers of the run take it within seconds.
 
@@ -257,17 +285,7 @@ def forget(
 
     loaded = load(run, root, set_)
     found = step(loaded, users, say)
-    say(f"{found.rows:,} rows; {found.rewritten:,} files rewritten, {found.removed:,} removed")
-    for checkpoint in found.checkpoints:
-        say(f"{checkpoint} was trained with them; `lum-ray train RUN --fresh` or the next training leaves them out")
-    if found.source_rows:
-        say(f"your own tables hold {found.source_rows:,} rows of theirs: lum_ray reads none of them, deleting is yours")
-    for uri, trace in list(found.namesakes.items())[:5]:
-        say(f"not theirs, but an equal ID: {uri}, {', '.join(trace.namesakes[:5])}")
-    if found.left:
-        lines = [f"  {uri}: {', '.join(trace.mentions) or f'{trace.rows} rows'}" for uri, trace in found.left.items()]
-        raise UserError("\n".join([f"forget: {len(lines)} of {found.scanned} files still hold them:", *lines[:5]]))
-    say(f"proof: {found.scanned:,} files read again, none holds them; running servers know them until they start anew")
+    print_forgotten(found)
     done(join(loaded.root, FOLDER))
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lum_ray import config
+from lum_ray.artifacts import UserError
 
 console = Console(stderr=True)
 if not console.is_terminal:
@@ -100,3 +101,18 @@ def print_cohorts(table: Any) -> None:
         shown.add_row(row["task"], name, f"{row['value']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}",
                       str(row["n_treatment"]), str(row["n_control"]))  # fmt: skip
     console.print(shown)
+
+
+def print_forgotten(found: Any) -> None:
+    """What `forget` did and its proof, on stderr. Raises UserError where a file still holds a user."""
+    say(f"{found.rows:,} rows; {found.rewritten:,} files rewritten, {found.removed:,} removed")
+    for checkpoint in found.checkpoints:
+        say(f"{checkpoint} was trained with them; `lum-ray train RUN --fresh` or the next training leaves them out")
+    if found.source_rows:
+        say(f"your own tables hold {found.source_rows:,} rows of theirs: lum_ray reads none of them, deleting is yours")
+    for uri, trace in list(found.namesakes.items())[:5]:
+        say(f"not theirs, but an equal ID: {uri}, {', '.join(trace.namesakes[:5])}")
+    if found.left:
+        lines = [f"  {uri}: {', '.join(trace.mentions) or f'{trace.rows} rows'}" for uri, trace in found.left.items()]
+        raise UserError("\n".join([f"forget: {len(lines)} of {found.scanned} files still hold them:", *lines[:5]]))
+    say(f"proof: {found.scanned:,} files read again, none holds them; running servers know them until they start anew")

@@ -26,6 +26,19 @@ DATASETS = ("complete_journey", "simulator")
 TINY = ("branching", "depth", "max_tokens", "width", "heads", "layers", "queries", "llm", "keep_layers", "negatives",
         "output_width", "align_steps", "align_group", "graph_width", "table_width", "retrieve", "rerank")  # fmt: skip
 """Fields that --quick takes from the preset `gts_tiny`."""
+SMALL: dict[str, Fields] = {
+    "simulator": {"align_steps": 24, "propensity_share": 0.0},
+    "complete_journey": {"max_tokens": 64, "keep_layers": 1, "candidates": 2, "propensity_share": 0.125,
+                         "align_steps": 24, "rerank": 4},
+}  # fmt: skip
+"""What --small changes: shorter phases, and on the planted world no reading P but in the ablation of the target: P's
+few candidates make most of the gradient's noise, and half of the time."""
+SMALL_TRAIN: dict[str, Fields] = {
+    "simulator": {"steps": 220, "batch": 32, "micro_batch": 32},
+    "complete_journey": {"steps": 300, "batch": 16, "micro_batch": 16},
+}
+SMALL_USERS, SMALL_VALIDATION = 0.3, 128
+"""Share of the test's users, and users of a validation. An arm takes one to two minutes of one core."""
 
 
 def _each(name: str, *values: str) -> dict[str, Fields]:
@@ -35,7 +48,8 @@ def _each(name: str, *values: str) -> dict[str, Fields]:
 
 ABLATIONS: dict[str, dict[str, Fields]] = {
     "timestamps": _each("timestamps", "full", "none", "text", "component", "position"),
-    "target": _each("target_position", "front", "none", "end"),
+    # the share is the presets' own: --small has none
+    "target": {where: {"target_position": where, "propensity_share": 0.25} for where in ("front", "none", "end")},
     "modalities": {
         "all": {"modalities": ("text", "graph", "table")},
         "text": {"modalities": ("text",)},
@@ -98,13 +112,23 @@ STATEMENTS = (
 )
 
 
-def base_run(dataset: str, root: str, steps: int | None = None, quick: bool = False) -> Run:
-    """The run that every arm starts from: the dataset's preset, trained for `steps` (the preset's where None)."""
+def base_run(dataset: str, root: str, steps: int | None = None, quick: bool = False, small: bool = False) -> Run:
+    """The run that every arm starts from: the dataset's preset, trained for `steps` (the preset's where None).
+
+    `small`: see `SMALL`; `quick`: a smoke test.
+    """
     run = gts_demo() if dataset == "complete_journey" else gts_simulator()
-    steps = steps or (2 if quick else run.train.steps)
+    default = SMALL_TRAIN[dataset]["steps"] if small else run.train.steps
+    steps = steps or (2 if quick else default)
     every = min(run.train.validate_every, steps)
     train = dataclasses.replace(run.train, steps=steps, validate_every=every, checkpoint_every=every)
     data, section, split = dataclasses.replace(run.data, engine="local"), run.section, run.split
+    if small:
+        section = dataclasses.replace(section, **SMALL[dataset])
+        # validated once, at the end: the last weights of every arm are its best
+        once = {"steps": steps, "validate_every": steps, "checkpoint_every": steps, "validate_users": SMALL_VALIDATION}
+        train = dataclasses.replace(train, **(dict(SMALL_TRAIN[dataset]) | once))
+        split = dataclasses.replace(split, test=dataclasses.replace(split.test, users=(0.0, SMALL_USERS)))
     if quick:
         tiny = gts_tiny()
         section = dataclasses.replace(section, **{name: getattr(tiny.section, name) for name in TINY})

@@ -1,11 +1,11 @@
 """What each of GTS-LUM's choices is worth: one changed at a time, on Complete Journey or on the planted world.
 
     python -m jobs.bench.ablations_gts [--dataset complete_journey|simulator] [--only timestamps,target] [--steps N]
-                                       [--max-minutes N] [--quick] [--root DIR]
+                                       [--max-minutes N] [--small] [--quick] [--root DIR]
 
 Rows: ablations_gts/<dataset>/<ablation>/<arm>/<figure>_gain, the arm's figure on the test cuts minus that of the
 ablation's base, paired over users; on stderr the table of all arms for the README, and a verdict on each of the
-paper's statements. A gain whose interval holds 0 is `no effect`. Checkpoints, rankings and reports are artifacts under
+paper's statements. A gain whose interval holds 0 is `no effect`. Checkpoints and rankings are artifacts under
 --root: a second call makes what is missing only, and an arm that was stopped goes on from its last checkpoint. Exit
 code 1 if an arm was left out for want of time.
 
@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.bench.ablation_arms_gts import ABLATIONS, DATASETS, FIGURES, STATEMENTS, base_run
+from jobs.bench.ablation_arms_gts import ABLATIONS, DATASETS, FIGURES, STATEMENTS, Fields, base_run
 from jobs.bench.rows import emit, hardware, note
 from jobs.bench.time_limit import time_limit
-from lum_ray.artifacts import UserError, join, open_artifact
+from lum_ray.artifacts import UserError
 from lum_ray.config import Run
 from lum_ray.evaluation.bootstrap import Interval
 from lum_ray.evaluation.ranking import Rankings, evaluate_rankings, read_rankings
-from lum_ray.steps.gts_evaluate import evaluate_gts
+from lum_ray.steps.gts_evaluate import rank_gts
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,25 @@ def judge(verdicts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a call shares. `ranked`: the lists of the runs that it met, by the run in words."""
+    """What a call shares: the arms of each ablation, the first of them its base, and how its rows are called.
+
+    `ranked`: the lists of the runs that it met, by the run in words.
+    """
 
     dataset: str
     root: str
     steps: int | None = None
     quick: bool = False
+    small: bool = False
+    arms: Mapping[str, Mapping[str, Fields]] = field(default_factory=lambda: ABLATIONS)
+    named: str = "ablations_gts"
     ranked: dict[str, Rankings] = field(default_factory=dict)
 
     def run_of(self, ablation: str, arm: str) -> Run:
         """The run of an arm. All have one name: equal settings in two ablations are one checkpoint, and arms that
         differ in Phase II alone share Phase I."""
-        run = base_run(self.dataset, self.root, self.steps, self.quick)
-        return dataclasses.replace(run, section=dataclasses.replace(run.section, **ABLATIONS[ablation][arm]))
+        run = base_run(self.dataset, self.root, self.steps, self.quick, self.small)
+        return dataclasses.replace(run, section=dataclasses.replace(run.section, **self.arms[ablation][arm]))
 
     def lists(self, ablation: str, arm: str) -> Rankings:
         """The arm's lists of the test cuts; trained and ranked where missing."""
@@ -88,16 +94,13 @@ class Bench:
         if repr(run) not in self.ranked:
             note(f"{ablation}/{arm}")
             start = time.perf_counter()
-            report = evaluate_gts(run, note).uri
-            names = open_artifact(report).manifest["predictions"]
-            own = [join(run.root, "predictions", name) for name in names if name.startswith(f"{run.name}-")]
-            self.ranked[repr(run)] = read_rankings(own)
-            note(f"{ablation}/{arm}: {time.perf_counter() - start:.0f} s, {report}")
+            self.ranked[repr(run)] = read_rankings(lists := rank_gts(run, note))
+            note(f"{ablation}/{arm}: {time.perf_counter() - start:.0f} s, {lists}")
         return self.ranked[repr(run)]
 
     def measure(self, ablation: str, arm: str) -> Found:
         """Make what is missing of an arm and of its base, print the arm's rows, and return them."""
-        base = next(iter(ABLATIONS[ablation]))
+        base = next(iter(self.arms[ablation]))
         found = compare(ablation, arm, self.lists(ablation, base), self.lists(ablation, arm))
         self.rows(found, base)
         return found
@@ -117,7 +120,7 @@ class Bench:
         for figure, gain in found.gain.items():
             value, reference = found.value[figure], found.base[figure]
             emit(
-                f"ablations_gts/{self.dataset}/{found.ablation}/{found.arm}/{figure}_gain",
+                f"{self.named}/{self.dataset}/{found.ablation}/{found.arm}/{figure}_gain",
                 gain.value,
                 FIGURES[figure].title,
                 peer=f"{base}, {reference:.4f}",
@@ -171,35 +174,43 @@ def compare(ablation: str, arm: str, base: Rankings, shown: Rankings) -> Found:
 
 def tell(found: Sequence[Found]) -> None:
     """The table of all arms, and what they say of the paper's statements, on stderr."""
-    note("\n| what | arm | " + " | ".join(figure.title for figure in FIGURES.values()) + " |")
-    note("|---|---|" + "---|" * len(FIGURES))
-    for name in dict.fromkeys(one.ablation for one in found):
-        arms = [one for one in found if one.ablation == name]
-        base = [_number(arms[0].base[figure]) if figure in arms[0].base else "" for figure in FIGURES]
-        note(f"| {_words(name)} | {_words(next(iter(ABLATIONS[name])))} | {' | '.join(base)} |")
-        for one in arms:
-            cells = [_cell(one.gain[figure]) if figure in one.gain else "" for figure in FIGURES]
-            note(f"| {_words(name)} | {_words(one.arm)} | {' | '.join(cells)} |")
+    tell_arms(found)
     note("\n| the paper says | here | figure | gain of the arms against it |\n|---|---|---|---|")
     for statement in STATEMENTS:
         of = {one.arm: one.gain[statement.figure] for one in found if one.ablation == statement.ablation}
         if set(statement.arms) <= set(of):
             gains = {arm: of[arm] for arm in statement.arms}
             said = judge([verdict(gain) for gain in gains.values()])
-            figures = "; ".join(f"{_words(arm)} {_cell(gain)}" for arm, gain in gains.items())
+            figures = "; ".join(f"{words(arm)} {cell(gain)}" for arm, gain in gains.items())
             note(f"| {statement.text} | {said} | {FIGURES[statement.figure].title} | {figures} |")
 
 
-def _words(name: str) -> str:
+def tell_arms(found: Sequence[Found], bases: Mapping[str, Mapping[str, Fields]] = ABLATIONS) -> None:
+    """The table of all arms, on stderr; `bases`: the arms of each ablation, its base first."""
+    note("\n| what | arm | " + " | ".join(figure.title for figure in FIGURES.values()) + " |")
+    note("|---|---|" + "---|" * len(FIGURES))
+    for name in dict.fromkeys(one.ablation for one in found):
+        arms = [one for one in found if one.ablation == name]
+        base = [number(arms[0].base[figure]) if figure in arms[0].base else "" for figure in FIGURES]
+        note(f"| {words(name)} | {words(next(iter(bases[name])))} | {' | '.join(base)} |")
+        for one in arms:
+            cells = [cell(one.gain[figure]) if figure in one.gain else "" for figure in FIGURES]
+            note(f"| {words(name)} | {words(one.arm)} | {' | '.join(cells)} |")
+
+
+def words(name: str) -> str:
+    """A name as a cell of a table."""
     return name.replace("_", " ")
 
 
-def _number(value: float, sign: str = "") -> str:
+def number(value: float, sign: str = "") -> str:
+    """Four digits, without the zero in front."""
     return f"{value:{sign}.4f}".replace("0.", ".", 1)
 
 
-def _cell(gain: Interval) -> str:
-    text = f"{_number(gain.value, '+')} [{_number(gain.low, '+')}, {_number(gain.high, '+')}]"
+def cell(gain: Interval) -> str:
+    """A gain with its interval, and `no effect` where it is none."""
+    text = f"{number(gain.value, '+')} [{number(gain.low, '+')}, {number(gain.high, '+')}]"
     return text + (", no effect" if verdict(gain) == "no effect" else "")
 
 
@@ -210,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", choices=DATASETS, default="complete_journey")
     parser.add_argument("--only", default=",".join(ABLATIONS), help="ablations, with commas between (default: all)")
     parser.add_argument("--steps", type=int, help="of Phase II (default: the preset's)")
+    parser.add_argument("--small", action="store_true", help="for a small machine: see ablation_arms_gts.SMALL")
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny models, two steps")
     parser.add_argument("--root", default="runs/bench", help="where the artifacts are")
     parser.add_argument("--max-minutes", type=float, default=0.0, help="stop after this long (0: never)")
@@ -219,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: expected some of {', '.join(ABLATIONS)}, got {', '.join(unknown)}")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
-    bench = Bench(options.dataset, options.root, options.steps, options.quick)
+    bench = Bench(options.dataset, options.root, options.steps, options.quick, options.small)
     left = [(name, arm) for name in wanted for arm in tuple(ABLATIONS[name])[1:]]
     found: list[Found] = []
     with time_limit(options.max_minutes) as over:

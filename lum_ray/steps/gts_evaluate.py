@@ -63,6 +63,12 @@ def evaluate_gts(run: Run, log: Log = silent, max_users: int | None = None) -> R
     return Ranked(report(run, prepared, stage, table, parts, summary, log), table)
 
 
+def rank_gts(run: Run, log: Log = silent, max_users: int | None = None) -> str:
+    """The artifact with the model's own lists of the test cuts, without the baselines beside them and the report."""
+    prepared, checkpoint = prepare_gts(run, log), train_gts(run, log)
+    return _ours(run, prepared, checkpoint, trained_stage(run, prepared, checkpoint), max_users, log)
+
+
 def trained_stage(run: Run, prepared: GtsPrepared, checkpoint: str) -> GtsStage:
     """The stage of `checkpoint` (its best weights) on the device that there is.
 

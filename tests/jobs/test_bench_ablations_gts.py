@@ -47,6 +47,18 @@ def test_the_table_of_arms_is_the_issues_and_each_differs_from_its_base(dataset:
     assert Bench(dataset, "nowhere", steps=7).run_of("ids", "random").train.steps == 7
 
 
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_small_runs_are_read_strictly_and_only_the_planted_world_leaves_p_out(dataset: str) -> None:
+    bench = Bench(dataset, "nowhere", small=True)
+    base, target = bench.run_of("ids", "spectral"), bench.run_of("target", "front")
+    for run in (base, target):
+        assert catalog.read_run(config.dump(run)) == run
+        assert run.train.validate_every == run.train.steps == run.train.checkpoint_every
+    assert target.section.reads_targets
+    assert base.section.reads_targets == (dataset == "complete_journey")
+    assert base.split.test.users[1] < 1
+
+
 def test_statements_are_about_arms_and_figures_that_there_are() -> None:
     for statement in STATEMENTS:
         assert set(statement.arms) < set(ABLATIONS[statement.ablation])

@@ -109,6 +109,12 @@ def test_what_cannot_be_served_is_said_before_anything_is_trained(
     assert not list(tmp_path.iterdir())
 
 
+def test_labels_are_for_the_model_that_has_heads_for_them(tmp_path: Path) -> None:
+    done = command("label", "lumos_tiny", "--labels", "nowhere", "--root", str(tmp_path))
+    assert done.returncode == 1 and "label: expected a run of GTS-LUM" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_token_is_shown_beside_the_line_that_is_stored(tmp_path: Path) -> None:
     done = command("token", "shop")
     place = tmp_path / "tokens"
