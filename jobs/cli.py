@@ -78,25 +78,9 @@ def init(preset: Annotated[str, typer.Argument(help=", ".join(presets.PRESETS))]
 @app.command()
 def validate(run: RunFile, root: Root = None, set_: Set = None) -> None:
     """Check a run file and the schema of its tables, without building anything but the raw tables of a source."""
-    from lum_ray.data.context import check_calendar, check_profiles
-    from lum_ray.data.items import read_items, unknown_items
-    from lum_ray.data.schema import check_events
-    from lum_ray.steps.prepare import raw_items, raw_tables
+    from jobs.validate import check
 
-    loaded = load(run, root, set_)
-    tables, _ = raw_tables(loaded, say)
-    files = check_events(tables.events, loaded.data)
-    say(f"events: {len(files)} files, {sum(file.rows for file in files):,} rows")
-    if tables.profiles:
-        say(f"profiles: {sum(file.rows for file in check_profiles(tables.profiles, loaded.data)):,} rows")
-    if tables.calendar and loaded.data.calendar:
-        say(f"calendar: {sum(file.rows for file in check_calendar(tables.calendar, loaded.data)):,} rows")
-    if loaded.model == "gts":
-        catalogue, rejects = read_items(raw_items(loaded, say)[0], loaded.data)
-        say(f"items: {len(catalogue):,}, {rejects.num_rows:,} rows left out or mended")
-        missing = unknown_items(files, loaded.data, catalogue)
-        say(f"events of items that the catalogue does not have: {missing.events:,} {', '.join(missing.items)}")
-    done(tables.events)
+    done(check(load(run, root, set_), say))
 
 
 @app.command()
