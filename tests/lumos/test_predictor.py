@@ -160,11 +160,11 @@ def test_what_if_moves_the_changed_day_and_no_other(predictor: Predictor) -> Non
         ),
         (
             Request("x", CUT, events=[{"time": "2024-11-01", "kind": "a", "amount": 0.001}]),
-            r"users\[0\]\.events\[0\]: amount: sum\(amount\) is 0\.001, finer than the resolution 0\.01",
+            r"users\[0\]\.events\[0\]: amount: sum\(amount\) is finer than the resolution 0\.01, got 0\.001",
         ),
         (
             Request("x", CUT, events=[{"time": "2024-11-01", "kind": "a", "amount": float("nan")}]),
-            r"users\[0\]\.events\[0\]: `amount` is nan",
+            r"users\[0\]\.events\[0\]: `amount` is not a finite number, got nan",
         ),
         (
             Request("x", CUT, events=[{"time": "2024-11-01", "kind": 3, "amount": 1.0}]),

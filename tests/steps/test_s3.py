@@ -43,7 +43,8 @@ def same_bytes(root: str, local: str) -> set[str]:
     compared = set()
     for name in files(root):
         folder = name.split("/")[0]
-        if folder in PER_RUN and not name.endswith(".html"):
+        # a pointer to the newest snapshot holds its URI
+        if folder in PER_RUN and not name.endswith(".html") and not name.startswith("state/latest-"):
             assert read_bytes(f"{root}/{name}") == (Path(local) / name).read_bytes(), name
             compared.add(folder)
     return compared
