@@ -309,7 +309,7 @@ def test_sequences_forget_too(tiny_gts: Run, tmp_path: Path) -> None:
     before = everyone(prepared.uri)
     user = str(before.user[5])
     found = forget(run, [user])
-    assert found.left == {} and holders(root, user) == [] and len(found.checkpoints) == 2
+    assert found.left == {} and holders(root, user) == [] and len(found.checkpoints) >= 2
     assert prepare(run).uri == prepared.uri and same(everyone(prepared.uri), others(before, user))
     counts = counts_of(prepared.uri)
     assert counts["rows_in"] == counts["events"] + counts["rows_forgotten"] + 59
