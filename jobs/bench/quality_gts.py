@@ -1,7 +1,7 @@
 """GTS-LUM against RecTools' SASRec, BERT4Rec and HSTU and the simple rankings, on the baskets of the test cut.
 
     python -m jobs.bench.quality_gts --dataset complete_journey|ml-100k [--root DIR] [--peers PYTHON] [--path FOLDER]
-        [--only sasrec,bert4rec,hstu] [--seeds N] [--epochs N] [--peer-minutes M] [--quick]
+        [--only sasrec,bert4rec,hstu] [--seeds N] [--epochs N] [--peer-minutes M] [--set a.b=v] [--quick]
 
 Rows `quality_gts/<dataset>/...`: `{r5,r10,ndcg5}_gain`: recall at 5 and 10 and NDCG at 5 of what ours retrieves, minus
 those of the best of all peers and baselines on that metric (`peer` names it), with the paired 95 % interval over
@@ -35,7 +35,7 @@ import pyarrow as pa
 from jobs.bench import rectools_peer
 from jobs.bench.gts_peers import Contest, peer_lists, recbole_folder
 from jobs.bench.rows import emit, hardware, note
-from lum_ray import presets
+from lum_ray import catalog, config, presets
 from lum_ray.artifacts import join, open_artifact
 from lum_ray.config import Run
 from lum_ray.evaluation.ranking import evaluate_rankings, read_rankings
@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to N - 1 of our model (default: 1)")
     parser.add_argument("--epochs", type=int, help=f"of each peer (default: {EPOCHS})")
     parser.add_argument("--peer-minutes", type=float, default=30.0, help="at most, for each peer")
+    parser.add_argument("--set", action="append", default=[], help="another value of the preset's run: gts.fusion=mlp")
     parser.add_argument("--quick", action="store_true", help="a smoke test: a tiny model, one epoch, no bar")
     options = parser.parse_args(arguments)
     chosen = [model for model in options.only.split(",") if model]
@@ -132,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is None and options.dataset == "ml-100k":
         path = recbole_folder(options.peers)
     run = contest_run(options.dataset, options.root, path, options.quick)
+    run = catalog.read_run(config.override(config.dump(run), options.set))
     epochs = options.epochs or (1 if options.quick else EPOCHS[options.dataset])
 
     contest = Contest.of(run)
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for what, (own, best) in found.items():
         about = {"name": run.name, "ours": own["value"], "low": own["low"], "high": own["high"], "n": own["n"],
                  "users": own["users"], "seeds": own["seeds"], "seed_sd": own["seed_sd"], "peers": chosen,
-                 "peer_epochs": epochs, "quick": options.quick}  # fmt: skip
+                 "peer_epochs": epochs, "set": options.set, "quick": options.quick}  # fmt: skip
         emit(f"quality_gts/{options.dataset}/{what}", best["gain"], METRICS[what.split("_")[-2]].removeprefix("eval/"),
              peer=f"{best['model']} {best['value']:.4f}", ratio=own["value"] / best["value"] if best["value"] else None,
              low=best["gain_low"], high=best["gain_high"], run=about, machine=hardware(),

@@ -26,7 +26,7 @@ Position = Literal["front", "end", "none"]
 
 class Questions(nn.Module):
     """`started_QD`: the questions' vectors as items of the catalogue have them; `rate_Q`: how often each is answered
-    with yes, which is where the head starts from. `module` is neither trained nor stored with this."""
+    with yes, which is where the head starts from. `module` is frozen by this, and no part of its state."""
 
     def __init__(self, module: Gts, started_QD: Tensor, rate_Q: Tensor, position: Position) -> None:
         super().__init__()

@@ -313,18 +313,18 @@ def _stepwise(questions: Questions, asked: _Asked, generator: np.random.Generato
 def _cached(questions: Questions, asked: _Asked, generator: np.random.Generator, log: Log) -> None:
     """The states know no question, so they are computed once, and the heads trained on them."""
     labels = asked.labels
-    rows = np.concatenate([labels.known("train"), labels.known("validate")])
-    states = torch.zeros(len(labels.label), questions.state_width)
+    rows = np.sort(np.concatenate([labels.known("train"), labels.known("validate")]))
+    states = torch.zeros(len(rows), questions.state_width)
     with torch.no_grad():
         for some, batch, place, task in asked.batches(rows):
-            states[torch.from_numpy(some)] = questions.states(batch, place, task).float().cpu()
+            states[torch.from_numpy(np.searchsorted(rows, some))] = questions.states(batch, place, task).float().cpu()
     states = states.to(questions.odds_Q.device)
     validate = labels.known("validate")
     optimiser = torch.optim.AdamW(questions.parameters(), lr=LEARNING_RATE)
     best, kept = float("inf"), _copied(questions)
 
     def logits(some: Int64) -> torch.Tensor:
-        at = torch.from_numpy(some).to(states.device)
+        at = torch.from_numpy(np.searchsorted(rows, some)).to(states.device)
         return questions.logits(states[at], torch.from_numpy(labels.task[some]).to(states.device))
 
     for step in range(1, HEAD_STEPS + 1):
