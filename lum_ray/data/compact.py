@@ -13,7 +13,17 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from lum_ray.artifacts import MANIFEST, Artifact, join, open_artifact, read_bytes, storage, write_bytes, write_json
+from lum_ray.artifacts import (
+    MANIFEST,
+    Artifact,
+    join,
+    open_artifact,
+    read_bytes,
+    remove,
+    storage,
+    write_bytes,
+    write_json,
+)
 from lum_ray.data import buckets
 from lum_ray.data.increments import owners, siblings
 from lum_ray.data.reader import Timelines, folder_of
@@ -106,8 +116,7 @@ def _sweep(artifact: Artifact) -> tuple[int, list[str]]:
         if path in others - own:
             kept.append(path)
         elif path not in own:
-            place = storage(join(artifact.uri, path))
-            place.filesystem.delete_dir(place.path)
+            remove(join(artifact.uri, path))
             freed += size
     return freed, kept
 

@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from lum_ray import artifacts
@@ -23,6 +26,7 @@ from lum_ray.config import Data
 from lum_ray.data import delta
 from lum_ray.data.raw import RawFile, RawTables
 from lum_ray.data.reader import folder_of
+from lum_ray.data.rejects import REJECTS
 from lum_ray.data.schema import check_events
 
 
@@ -51,6 +55,15 @@ class Base:
             for part in self.manifest["parts"]
             if part["from_day"] < self.since
         ]
+
+    def rejects(self) -> pa.Table:
+        """The rows that the base rejected (REJECTS), without those of profiles that are read anew."""
+        place = storage(join(self.artifact.uri, "rejects", "0000.parquet"))
+        try:
+            found = pq.read_table(place.path, filesystem=place.filesystem)
+        except FileNotFoundError:
+            return REJECTS.empty_table()
+        return found if self.same_profiles else found.filter(pc.starts_with(found["file"], "events/"))
 
     def states(self, files: int) -> list[list[tuple[str, bool]]]:
         """For each of our `files`: where the base's states of its users are, and whether all of them are its own."""

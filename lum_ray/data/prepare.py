@@ -174,7 +174,8 @@ def _build(
     run = _engine(engine)
 
     mapped = _run_all(run, job, maps, "read", progress)
-    _check_rejects(job, mapped, {"events": event_rows, "profiles": profile_rows})
+    before = base.rejects() if base else REJECTS.empty_table()
+    _check_rejects(job, mapped, {"events": event_rows, "profiles": profile_rows}, before)
     days = [day for result in mapped for day in result.get("days", ())]
     if not days and base is None:
         raise UserError(f"{tables.events}: none of the {event_rows} rows is a valid event; see {join(uri, 'rejects')}")
@@ -194,7 +195,7 @@ def _build(
     twice = sorted({user for result in merged for user in result.get("twice", ())})[:5]
     if twice:
         raise repeated_users_error(tables.profiles or "", twice)
-    rejected = _check_rejects(job, mapped + merged, {"events": event_rows, "profiles": profile_rows})
+    rejected = _check_rejects(job, mapped + merged, {"events": event_rows, "profiles": profile_rows}, before)
 
     forgotten_rows = {
         table: sum(result["forgotten"] for result in mapped if result["table"] == table) for table in rejected
@@ -350,8 +351,9 @@ def _run_all(run: Run, job: Job, tasks: Sequence[Task], stage: str, progress: Pr
     return sorted(results, key=lambda result: str(result["name"]))
 
 
-def _check_rejects(job: Job, results: Sequence[Task], rows_in: dict[str, int]) -> dict[str, int]:
-    """Write the rejects so far as `rejects/0000.parquet`, sorted. Returns their number by table.
+def _check_rejects(job: Job, results: Sequence[Task], rows_in: dict[str, int], before: pa.Table) -> dict[str, int]:
+    """Write the rejects so far as `rejects/0000.parquet`, sorted, with those that were `before`. Returns the number of
+    the new ones by table.
 
     Raises UserError with the first five of a table of which more than `max_reject_share` was rejected.
     """
@@ -361,12 +363,14 @@ def _check_rejects(job: Job, results: Sequence[Task], rows_in: dict[str, int]) -
         if result["rejected"] and sum(table.num_rows for table in tables) < KEPT_REJECTS:
             place = storage(join(job.work, f"{result['name']}.rejects.parquet"))
             tables.append(pq.read_table(place.path, filesystem=place.filesystem))
-    if len(tables) == 1:
+    if len(tables) == 1 and before.num_rows == 0:
         return counts
-    rejects = pa.concat_tables(tables).sort_by([(name, "ascending") for name in REJECTS.names]).combine_chunks()
+    by_row = [(name, "ascending") for name in REJECTS.names]
+    rejects = pa.concat_tables([*tables, before]).sort_by(by_row).combine_chunks()
     artifacts.write_table(join(job.uri, "rejects", "0000.parquet"), rejects)
+    new = pa.concat_tables(tables).sort_by(by_row)
     for table, count in counts.items():
         if count > job.data.max_reject_share * rows_in[table]:
-            some = rejects.filter(pc.starts_with(rejects["file"], f"{table}/"))
+            some = new.filter(pc.starts_with(new["file"], f"{table}/"))
             raise too_many(job.data, table, count, rows_in[table], some, job.uri)
     return counts

@@ -107,7 +107,7 @@ def _raw_rows(run: Run, sought: Sought) -> _RawRows | None:
             ]
         ):
             for file in raw_files(uri, name) if uri else ():
-                for batch, _ in batches(file.uri, [column], None, 0, 1 << 20):
+                for batch, _ in batches(file.uri, [column], None, 0, 1 << 20, file.overlay):
                     counts[place] += int(theirs(batch.rename_columns(["user"]), sought).sum())
     except (UserError, FileNotFoundError):
         return None

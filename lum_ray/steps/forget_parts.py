@@ -109,6 +109,12 @@ def new_manifest(
         manifest["rows_forgotten"] = None if raw_rows is None or known is None else known + sum(raw_rows)
         if raw_rows is not None:
             manifest["events"] -= raw_rows[0] - events
+            # an increment goes on counting from here
+            for table, rows, rejected in zip(
+                ("events", "profiles"), raw_rows, (events, len(bad) - events), strict=True
+            ):
+                count, were_rejected, were_forgotten = manifest["read"][table]
+                manifest["read"][table] = [count, were_rejected - rejected, were_forgotten + rows]
     return manifest if changed else None
 
 

@@ -121,6 +121,40 @@ def counts_of(uri: str) -> dict[str, Any]:
     return {name: open_artifact(uri).manifest[name] for name in COUNTS}
 
 
+def test_what_continues_an_artifact_that_forgot_her_equals_a_rebuild(tmp_path: Path) -> None:
+    """Prepare, a day of new events, forget, another day: rows and counts are those of preparing all anew without her."""
+    events = tmp_path / "grown" / "events"
+
+    def day(name: str, first_day: int) -> None:
+        names = [HER, "user-1", "user-2", "newcomer"] * 3
+        days = pa.array([first_day + place % 3 for place in range(len(names))], pa.int32())
+        table = pa.table({"user": names, "time": days, "price": [1.5, float("nan")] * 6, "product": ["p1"] * 12})
+        pq.write_table(table, events / name)
+
+    run = own_run(tmp_path / "grown")
+    run = catalog.read_run(config.override(config.dump(run), ["data.max_reject_share=0.6"]))
+    prepare(run)
+    day("2.parquet", 158)
+    grown = prepare(run)
+    assert open_artifact(grown.uri).manifest["parts"][0].get("artifact")
+    found = forget(run, [HER])
+    assert found.left == {}
+    day("3.parquet", 161)
+    grown = prepare(run)
+    assert len(open_artifact(grown.uri).manifest["parts"]) > 1
+    shutil.copytree(tmp_path / "grown" / "root" / "forgotten", tmp_path / "anew" / "forgotten")
+    anew = prepare(catalog.read_run(config.override(config.dump(run), [f"root={tmp_path / 'anew'}"])))
+    assert same(everyone(grown.uri), everyone(anew.uri))
+    assert HER not in everyone(grown.uri).user
+    for name in set(COUNTS) - {"bytes"}:
+        assert counts_of(grown.uri)[name] == counts_of(anew.uri)[name], name
+    one, other = (open_artifact(made.uri).manifest["read"] for made in (grown, anew))
+    assert one == other
+    counts = counts_of(grown.uri)
+    used = counts["events"] + 41 - 1  # and the profiles but hers
+    assert counts["rows_in"] == used + counts["rows_rejected"] + counts["rows_forgotten"]
+
+
 def test_a_user_leaves_every_file_and_nobody_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, root = own_run(tmp_path), tmp_path / "root"
     prepared, state = prepare(run), publish(run)
