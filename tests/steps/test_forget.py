@@ -122,7 +122,7 @@ def counts_of(uri: str) -> dict[str, Any]:
 
 
 def test_what_continues_an_artifact_that_forgot_her_equals_a_rebuild(tmp_path: Path) -> None:
-    """Prepare, a day of new events, forget, another day: rows and counts are those of preparing all anew without her."""
+    """Prepare, new events, forget, new events: rows and counts are those of preparing all of it without her."""
     events = tmp_path / "grown" / "events"
 
     def day(name: str, first_day: int) -> None:
