@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +26,24 @@ from tests.data.increments import GTS, LUMOS, events, same_rows
 BEHAVIOURS = (Behaviour("active", "binary", "count()"), Behaviour("spend", "continuous", "sum(price)", 0.01))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> str:
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.faults)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where tables and artifacts go: any URI that `storage` knows."""
-    return str(tmp_path)
+    return str(request.getfixturevalue("s3_root")) if request.param == "s3" else str(tmp_path)
 
 
 def write(uri: str, table: pa.Table, **options: Any) -> DeltaTable:
     write_deltalake(uri, table, storage_options=dict(storage(uri).options), **options)
+    return table_at(uri)
+
+
+def table_at(uri: str) -> DeltaTable:
     return DeltaTable(uri, storage_options=dict(storage(uri).options))
+
+
+def read(uri: str) -> pa.Table:
+    place = storage(uri)
+    return pq.read_table(place.path, filesystem=place.filesystem)
 
 
 def data(**changes: Any) -> Data:
@@ -100,13 +108,13 @@ def test_partition_columns_come_from_the_log(root: str) -> None:
         for file in files
         for one in read_events(file.uri, settings, file.name, overlay=file.overlay)[0]
     ]
-    read = pa.concat_tables(tables).sort_by(
+    found = pa.concat_tables(tables).sort_by(
         [("user", "ascending"), ("day", "ascending"), ("town", "ascending"), ("price", "ascending")]
     )
     expected = table.select(["user", "day", "price", "town"]).sort_by(
         [("user", "ascending"), ("day", "ascending"), ("town", "ascending"), ("price", "ascending")]
     )
-    assert read.select(expected.column_names).equals(expected)
+    assert found.select(expected.column_names).equals(expected)
     assert files[0].schema.field("since").type == pa.date32() and len(files) == 30
     # the partition tells the days: what is outside is not opened
     said: list[str] = []
@@ -152,7 +160,7 @@ def test_widened_types_are_read_file_by_file(root: str) -> None:
     log = json_lines(wide, 0)
     meta = next(line for line in log if "metaData" in line)
     (add,) = (line["add"] for line in log if "add" in line)
-    shutil.copy(join(wide, add["path"]), join(uri, add["path"]))
+    artifacts.write_bytes(join(uri, add["path"]), artifacts.read_bytes(join(wide, add["path"])))
     commit(uri, 1, [{"protocol": needs("typeWidening")}, meta, {"add": add}])
     joined = pa.concat_tables(whole, promote_options="permissive")
     same_rows(Made(root, uri).rebuild(), plain(root, "e", joined))
@@ -205,7 +213,7 @@ def test_deleted_rows_are_left_out_and_the_others_keep_their_numbers(root: str) 
     made.prepare(0)
     found = made.prepare()
     assert made.said[0].endswith("the events' version 1 took rows away or changed them")
-    rejects = pq.read_table(join(found.uri, "rejects", "0000.parquet")).to_pylist()
+    rejects = read(join(found.uri, "rejects", "0000.parquet")).to_pylist()
     assert [(row["row"], row["reason"]) for row in rejects] == [(50, "`price` is not a finite number")]
     assert (found.manifest["rows_in"], found.manifest["events"]) == (96, 95)
     kept = [row for row in range(100) if row not in (*gone, 50)]
@@ -223,7 +231,7 @@ def test_an_increment_reads_only_the_files_since(root: str) -> None:
     write(uri, events(30, 1, 25, 31), mode="append")
     write(uri, events(40, 2, 29, 32), mode="append")
     # OPTIMIZE writes old and new rows into one file, and neither adds nor removes any
-    DeltaTable(uri).optimize.compact()
+    table_at(uri).optimize.compact()
     found = made.prepare()
     assert made.said == [f"continuing {first.manifest['digest']}: 2 new files of events, 70 rows"]
     same_rows(found, made.rebuild())
@@ -243,7 +251,7 @@ def test_late_events_of_a_later_version_are_rejected(root: str) -> None:
     write(uri, events(5, 1, 10, 11), mode="append")
     write(uri, events(20, 2, 25, 31), mode="append")
     found = made.prepare()
-    rejects = pq.read_table(join(found.uri, "rejects", "0000.parquet"))
+    rejects = read(join(found.uri, "rejects", "0000.parquet"))
     assert set(rejects["reason"].to_pylist()) == {
         "comes more than data.late_days = 7 days before the end of what was known"
     }
@@ -258,21 +266,22 @@ def test_versions_that_changed_rows_or_lost_their_log_mean_a_rebuild(root: str) 
     made.prepare()
     write(uri, events(30, 1, 25, 31), mode="append")
     made.prepare()
-    DeltaTable(uri).delete("user = 'user-1'")
+    table_at(uri).delete("user = 'user-1'")
     same_rows(made.prepare(), made.rebuild())
     assert "version 2 took rows away or changed them" in made.said[-1]
     # a compacted file that VACUUM removed since cannot be read any more
     write(uri, events(10, 3, 30, 33), mode="append")
-    table = DeltaTable(uri)
+    table = table_at(uri)
     table.optimize.compact()
     table.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
     same_rows(made.prepare(), made.rebuild())
     assert "which came since, was compacted and then removed by VACUUM" in made.said[-1]
     # so can what the log has forgotten
     write(uri, events(10, 2, 30, 32), mode="append")
-    table = DeltaTable(uri)
+    table = table_at(uri)
     table.create_checkpoint()
-    artifacts.storage(uri).filesystem.delete_file(join(uri, "_delta_log", f"{table.version():020d}.json"))
+    log = storage(join(uri, "_delta_log", f"{table.version():020d}.json"))
+    log.filesystem.delete_file(log.path)
     made.prepare()
     assert made.said[-1].startswith("full rebuild") and "is not in the log any more" in made.said[-1]
 
@@ -359,7 +368,7 @@ def test_profiles_may_be_a_table(root: str) -> None:
     artifacts.write_table(join(root, "e", "a.parquet"), events(200, 0, 0, 30))
     tables = RawTables(join(root, "e"), f"{uri}@v0")
     made = prepare_timelines(settings, tables, join(root, "made", "a"), LUMOS, "local")
-    stored = pq.read_table([join(made.uri, "profiles", file["name"]) for file in made.manifest["profiles"]])
+    stored = pa.concat_tables([read(join(made.uri, "profiles", file["name"])) for file in made.manifest["profiles"]])
     assert sorted(zip(*(stored[name].to_pylist() for name in ("user", "age", "town")), strict=True)) == [
         ("user-0", 1.0, "Ulm"),
         ("user-1", 2.0, "Bonn"),
