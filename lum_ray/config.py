@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from lum_ray.artifacts import UserError, read_bytes
-from lum_ray.run import (
+from lum_ray.run import Run, Serve, Split, Subset, Train, Tune
+from lum_ray.run_data import (
     Behaviour,
     Calendar,
     Data,
@@ -28,13 +29,7 @@ from lum_ray.run import (
     Items,
     Kind,
     Profiles,
-    Run,
-    Serve,
     Source,
-    Split,
-    Subset,
-    Train,
-    Tune,
 )
 
 __all__ = [

@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lum_ray import config
 from lum_ray.artifacts import UserError, join, open_artifact, read_json
-from lum_ray.run import STRICT
+from lum_ray.run_data import STRICT
 from serve.access import Token, check_exposure, read_tokens
 from serve.batching import Batcher
 from serve.ingress import Limits, UnavailableError, create_app

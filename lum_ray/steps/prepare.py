@@ -38,7 +38,7 @@ from lum_ray.data.windows import CutPlan, DerivedTarget, HorizonTarget, came_bef
 from lum_ray.lumos import timelines as tokenizer
 from lum_ray.lumos.config import Inputs
 from lum_ray.lumos.fitting import fit_inputs, with_starts
-from lum_ray.run import LATE_DAYS, Table
+from lum_ray.run_data import LATE_DAYS, Table
 from lum_ray.steps.session import start_ray
 
 Log = Callable[[str], None]

@@ -10,7 +10,7 @@ from deltalake import write_deltalake
 from lum_ray import catalog, config
 from lum_ray.artifacts import UserError, storage
 from lum_ray.config import Run
-from lum_ray.run import Events
+from lum_ray.run_data import Events
 from lum_ray.steps import compact
 from lum_ray.steps.prepare import columns_of, pinned, prepare_timelines
 from tests.data.increments import events, same_rows
