@@ -23,6 +23,7 @@ from typing import Any
 from lum_ray import weights
 from lum_ray.artifacts import MANIFEST, UserError, find, join, read_json, storage, write_json
 from lum_ray.config import Run
+from lum_ray.data.delta import LOG
 from lum_ray.data.forgotten import FOLDER, tombstone
 from lum_ray.data.raw import batches, raw_files
 from lum_ray.steps.forget_files import in_place, named_files, prediction_rows, rewritten
@@ -57,7 +58,7 @@ def forget(run: Run, users: Sequence[str], log: Log = silent) -> Forgotten:
     """Take `users` out of every file under the root of `run`, now and for all that is prepared later, and prove it.
 
     Again is a no-op that proves it again. Call it while nothing else writes under the root, or once more afterwards.
-    Raises UserError where no user is named.
+    Raises UserError where no user is named, and for Delta tables below the root that hold them.
     """
     if not users or not all(users):
         raise UserError("forget: expected the IDs of users, such as `lum-ray forget my.yaml user-17`")
@@ -65,6 +66,7 @@ def forget(run: Run, users: Sequence[str], log: Log = silent) -> Forgotten:
     traces = work.look()
     held = {uri: trace for uri, trace in traces.items() if trace}
     log(f"{len(traces):,} files, {len(held):,} of them hold what is to be forgotten")
+    _refuse_delta_tables(traces, held)
     work.bury(held)
     counts = _raw_rows(run, work.sought)
     for uri in sorted(held, key=lambda uri: (uri.startswith(f"{work.root}/raw/"), uri)):
@@ -82,6 +84,18 @@ def forget(run: Run, users: Sequence[str], log: Log = silent) -> Forgotten:
         checkpoints=work.trained_on(),
         source_rows=0 if counts is None or run.data.source is not None else sum(counts.rows),
     )
+
+
+def _refuse_delta_tables(files: Iterable[str], held: Iterable[str]) -> None:
+    """Raises UserError for Delta tables that hold the users: rewriting a file behind its log would break the table."""
+    tables = {uri[: uri.index(f"/{LOG}/")] for uri in files if f"/{LOG}/" in uri}
+    theirs_too = sorted(table for table in tables if any(uri.startswith(f"{table}/") for uri in held))
+    if theirs_too:
+        raise UserError(
+            f"forget: {', '.join(theirs_too[:5])}: expected no Delta table that holds them below the root; delete "
+            "their rows there (`DeltaTable(uri).delete(...)`, then `vacuum`, and drop the old log), or move the table out of "
+            "the root, and run again; nothing was changed"
+        )
 
 
 @dataclass(frozen=True)

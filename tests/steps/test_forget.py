@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from lum_ray import catalog, config
 from lum_ray.artifacts import UserError, find, open_artifact
@@ -153,6 +154,16 @@ def test_what_continues_an_artifact_that_forgot_her_equals_a_rebuild(tmp_path: P
     counts = counts_of(grown.uri)
     used = counts["events"] + 41 - 1  # and the profiles but hers
     assert counts["rows_in"] == used + counts["rows_rejected"] + counts["rows_forgotten"]
+
+
+def test_a_delta_table_under_the_root_is_not_rewritten_behind_its_log(tmp_path: Path) -> None:
+    run = own_run(tmp_path)
+    prepared = prepare(run)
+    write_deltalake(tmp_path / "root" / "delivered", pa.table({"user": [HER, "user-1"], "p": [0.1, 0.2]}))
+    before = everyone(prepared.uri)
+    with pytest.raises(UserError, match=r"root/delivered: expected no Delta table .* nothing was changed"):
+        forget(run, [HER])
+    assert same(everyone(prepared.uri), before) and not (tmp_path / "root" / "forgotten").exists()
 
 
 def test_a_user_leaves_every_file_and_nobody_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
