@@ -93,8 +93,8 @@ def _refuse_delta_tables(files: Iterable[str], held: Iterable[str]) -> None:
     if theirs_too:
         raise UserError(
             f"forget: {', '.join(theirs_too[:5])}: expected no Delta table that holds them below the root; delete "
-            "their rows there (`DeltaTable(uri).delete(...)`, then `vacuum`, and drop the old log), or move the table out "
-            "of the root, and run again; nothing was changed"
+            "their rows there (`DeltaTable(uri).delete(...)`, then `vacuum`, and drop the old log), or move the "
+            "table out of the root, and run again; nothing was changed"
         )
 
 
