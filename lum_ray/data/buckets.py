@@ -83,27 +83,44 @@ def bucket_of(user_hash: UInt64, log2_buckets: int) -> npt.NDArray[np.int32]:
     return (user_hash & np.uint64((1 << log2_buckets) - 1)).astype(np.int32)
 
 
+NARROW = ((1 << 7, pa.int8()), (1 << 15, pa.int16()), (1 << 31, pa.int32()))
+
+
+def narrowed(table: pa.Table) -> pa.Table:
+    """Columns of int64, and lists of them, in the fewest bytes that hold them: most daily numbers are small."""
+    for place, column in enumerate(table.columns):
+        listed = pa.types.is_list(column.type)
+        if (column.type.value_type if listed else column.type) != pa.int64():
+            continue
+        bounds = pc.min_max(pc.list_flatten(column) if listed else column).as_py()
+        least, most = bounds["min"] or 0, bounds["max"] or 0
+        narrow = next((kind for limit, kind in NARROW if -limit <= least and most < limit), None)
+        if narrow is not None:
+            column = column.cast(pa.list_(narrow) if listed else narrow, safe=False)
+            table = table.set_column(place, table.column_names[place], column)
+    return table
+
+
 def scatter(uri: str, tables: Sequence[pa.Table], log2_buckets: int, files: int) -> None:
     """Write `tables` (they have `user`) as one Arrow file whose record batch i holds the rows that belong to file i."""
-    pieces: list[list[pa.Table]] = [[] for _ in range(files)]
+    parts, slices = [], []
     for table in tables:
-        table = table.combine_chunks()
         user = table["user"].combine_chunks() if table.num_rows else pa.array([], pa.string())
-        slices = _slices(user, log2_buckets, files)
-        if np.any(slices[1:] < slices[:-1]):
-            order = np.argsort(slices.astype(np.uint16), kind="stable")
-            table, slices = table.take(pa.array(order)), slices[order]
+        slices.append(_slices(user, log2_buckets, files))
         # written out: a file has one dictionary, which every reader of a slice would have to read
-        table = table.set_column(table.column_names.index("user"), "user", table["user"].cast(pa.string()))
-        bounds = np.searchsorted(slices, np.arange(files + 1))
-        for index, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
-            pieces[index].append(table.slice(begin, end - begin))
-    joined = [pa.concat_tables(parts, promote_options="permissive").combine_chunks() for parts in pieces]
+        parts.append(
+            table.set_column(table.column_names.index("user"), "user", pa.chunked_array([user.cast(pa.string())]))
+        )
+    joined = pa.concat_tables(parts, promote_options="permissive")
+    file_of = np.concatenate(slices)
+    order = np.argsort(file_of.astype(np.uint16), kind="stable")
+    table = joined.combine_chunks().take(pa.array(order)).combine_chunks()
+    bounds = np.searchsorted(file_of[order], np.arange(files + 1))
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_file(sink, joined[0].schema, options=options) as writer:
-        for table in joined:
-            columns = [column.combine_chunks() for column in table.columns]
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        for begin, end in itertools.pairwise(bounds.tolist()):
+            columns = [column.combine_chunks() for column in table.slice(begin, end - begin).columns]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table.schema))
     write_bytes(uri, sink.getvalue())
 

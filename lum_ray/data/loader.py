@@ -152,11 +152,12 @@ class Loader:
         self.stats = LoaderStats()
         self.schedule = Schedule(np.array([users[lane::LANES].sum() for lane in range(LANES)], np.int64), batch, seed)
         self._plan, self._collate, self._draws, self._seed = plan, collate, draws, seed
-        self._rank, self._world, self._micro_batch, self._prefetch = rank, world, micro_batch, prefetch
+        self._own = np.arange(rank, LANES, world)
+        self._world, self._micro_batch, self._prefetch = world, micro_batch, prefetch
         keep_all, remote = self._fits(timelines, cache_mib), not storage(timelines.uri).is_local
         if remote:
             timelines = timelines.with_cache(RangeCache(0 if keep_all else cache_limit()))
-        self._lanes = LaneReader(timelines, seed, self.stats, keep_all, remote)
+        self._lanes = LaneReader(timelines, self._own, seed, self.stats, keep_all, remote)
         self._position = 0
         self._pending: deque[Future[Step]] = deque()
         self._thread: ThreadPoolExecutor | None = None
@@ -226,28 +227,21 @@ class Loader:
 
     def _make(self, step: int) -> Step:
         pieces = self.schedule.pieces(step)
-        own = np.arange(self._rank, LANES, self._world)
-        epochs, lanes, indices, parts = [], [], [], []
+        rows, place_N = self._lanes.select(pieces)
+        epochs, lanes, indices = [], [], []
         for epoch, begin, end in pieces:
-            for lane in own[end[own] > begin[own]].tolist():
-                self._lanes.expect(epoch, lane, int(begin[lane]))
-        for epoch, begin, end in pieces:
-            lane_of, index = expand(begin[own], end[own])
-            for lane in own[end[own] > begin[own]].tolist():
-                parts += self._lanes.read(epoch, lane, int(begin[lane]), int(end[lane]))
+            lane_of, index = expand(begin[self._own], end[self._own])
             indices.append(index)
-            lanes.append(own[lane_of])
+            lanes.append(self._own[lane_of])
             epochs.append(np.full(len(index), epoch))
-        rows = Rows.concat(parts) if parts else self._lanes.none
-        nothing = [np.zeros(0, np.int64)]
-        epoch_N, lane_N, index_N = (np.concatenate(nothing + column) for column in (epochs, lanes, indices))
+        epoch_N, lane_N, index_N = map(np.concatenate, (epochs, lanes, indices))
         order = self.schedule.order(epoch_N, lane_N, index_N)
         count = micro_batch_count(pieces, self._world, self._micro_batch)
         bounds = np.arange(count + 1) * len(order) // count
         micro_batches, rows_without_cut = [], 0
         for first, stop in itertools.pairwise(bounds):
             chosen = order[first:stop]
-            micro = rows.take(chosen)
+            micro = rows.take(place_N[chosen])
             samples = self._plan.draw(micro, self._seed, epoch_N[chosen], self._draws)
             rows_without_cut += len(micro) - len(samples) // self._draws
             micro_batches.append(self._collate(micro, replace(samples, step=step)))
@@ -257,7 +251,7 @@ class Loader:
         """Whether this rank's rows fit in the cache, by the manifest's counts (200 bytes a user beside the days)."""
         rows = self.schedule.rows
         whole = int(timelines.manifest["active_days"]) * (4 + 8 * len(timelines.behaviours)) + rows * 200
-        return whole * int(self.schedule.lane_rows[self._rank :: self._world].sum()) <= cache_mib * 2**20 * rows
+        return whole * int(self.schedule.lane_rows[self._own].sum()) <= cache_mib * 2**20 * rows
 
 
 def evaluation_batches(

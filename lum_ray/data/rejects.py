@@ -32,6 +32,8 @@ class Rejected:
 
     def add(self, wrong: Bool, reason: str, values: pa.ChunkedArray | None = None) -> None:
         """Reject the rows of the mask `wrong` (N,) that are not rejected yet; `values` (N,) are what is wrong."""
+        if not wrong.any():
+            return
         rows = np.flatnonzero(wrong & ~self.bad)
         if len(rows) == 0:
             return

@@ -183,6 +183,18 @@ def distinct_keys(keys: Int64, space: int) -> Int64:
     return np.flatnonzero(there)
 
 
+def argsort_keys(keys: Int64, space: int) -> Int64:
+    """The stable order of `keys` (A,), which lie in [0, space).
+
+    By 16 bits at a time, which numpy sorts by radix: for what is counted it takes a third of the time of a sort.
+    """
+    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
+    for shift in range(16, max(space - 1, 0).bit_length(), 16):
+        digit = (keys[order] >> shift & 0xFFFF).astype(np.uint16)
+        order = order[np.argsort(digit, kind="stable")]
+    return order
+
+
 def number_keys(keys: Int64, space: int) -> tuple[Int64, Int32]:
     """`distinct_keys` (G,), and the place of each key among them (A,)."""
     distinct = distinct_keys(keys, space)

@@ -174,7 +174,7 @@ def _aggregated(job: Job, events: pa.Table) -> pa.Table:
     user = events["user"]
     if events.num_rows and pa.types.is_dictionary(user.type):
         events = events.set_column(0, "user", buckets.by_file(user, job.log2_buckets, job.files))
-    return job.tokenizer.partial(events, job.data.behaviours)
+    return buckets.narrowed(job.tokenizer.partial(events, job.data.behaviours))
 
 
 def _profile_columns(data: Data) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -27,6 +28,11 @@ def to_day(column: pa.ChunkedArray, time_zone: str) -> pa.Array:
     """Times as day numbers (int32): null stays null, and what lies outside of RANGE becomes null."""
     found = column.type
     if pa.types.is_timestamp(found):
+        if time_zone == "UTC":
+            numbers = pc.cast(_inside(column), pa.int64()).combine_chunks()
+            whole = pc.fill_null(numbers, 0).to_numpy(zero_copy_only=False) // _per_day(found.unit)
+            days = pa.array(whole.astype(np.int32), pa.int32(), mask=_nulls(numbers))
+            return _between(days, days, *DATES)
         # Arrow takes the day in the column's zone
         column = pc.cast(pc.cast(_inside(column), pa.timestamp(found.unit, time_zone)), pa.date32(), safe=False)
     elif pa.types.is_date64(found):
@@ -45,12 +51,20 @@ def to_day(column: pa.ChunkedArray, time_zone: str) -> pa.Array:
 
 def _inside(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Timestamps with null for those that are out of DATES by more than a day (an offset is less)."""
-    per_day = DAY_US // 10**6 * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+    per_day = _per_day(column.type.unit)
     # as nanoseconds 64 bits do not reach that far; their ends are left a day for the offset
     most = np.iinfo(np.int64).max - per_day
     low, high = (DATES[0] - 1) * per_day, (DATES[1] + 2) * per_day
     zoned = column if column.type.tz else pc.cast(column, pa.timestamp(column.type.unit, "UTC"))
     return _between(zoned, pc.cast(zoned, pa.int64()), max(low, -most), min(high, most))
+
+
+def _per_day(unit: str) -> int:
+    return DAY_US // 10**6 * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+
+
+def _nulls(array: pa.Array) -> npt.NDArray[np.bool_] | None:
+    return array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
 
 
 def _between(values: Any, numbers: Any, low: int, high: int) -> Any:

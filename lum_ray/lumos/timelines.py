@@ -9,7 +9,7 @@ Source: LUMOS, section 3 (daily behaviours). Gates and transforms are not applie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lum_ray.data.expressions import Aggregate, Units, parse, to_units
-from lum_ray.data.rows import Int32, distinct_keys, hash_strings, mix, number_keys
+from lum_ray.data.rows import Int32, argsort_keys, distinct_keys, hash_strings, mix, number_keys
 
 TOKENIZER_VERSION = 1
 """Part of every digest: raise it whenever the same events could give other integers."""
@@ -71,28 +71,69 @@ def partial(events: pa.Table, behaviours: Sequence[Behaviour]) -> pa.Table:
     columns: dict[str, pa.Array] = {"user": groups.user, "day": groups.day}
     measured: dict[tuple[str | None, float], Units] = {}
     for behaviour in behaviours:
-        aggregate = parse(behaviour.aggregate)
-        for (column, operation), (values, present) in zip(
-            _states(behaviour.name, aggregate), _values(events, behaviour, aggregate, measured), strict=True
-        ):
-            columns[column] = groups.reduce(operation, values, present)
+        aggregate, name = parse(behaviour.aggregate), behaviour.name
+        if aggregate.function in ("count", "any"):
+            counts = groups.count(_holds(events, aggregate))
+            columns[name] = pa.array(counts if aggregate.function == "count" else (counts > 0).astype(np.int64))
+            continue
+        value = aggregate.evaluate(events)
+        if aggregate.function == "n_unique":
+            columns[f"{name}.values"] = groups.reduce("distinct", _identity(value), value.is_valid().to_numpy())
+            continue
+        key = (aggregate.expression, behaviour.resolution)
+        units = measured[key] = measured.get(key) or _measured(value, behaviour, aggregate)
+        column, operation = _states(name, aggregate)[0]
+        columns[column] = groups.reduce(operation, units.whole, units.present)
+        if aggregate.function == "mean":
+            columns[f"{name}.count"] = pa.array(groups.count(units.present))
     return pa.table(columns)
 
 
 def combine(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.Table:
     """Several tables of states (at least one) as one, whatever their number and order: as `partial` makes it, but with
-    plain strings as users, in the order of their names."""
+    plain strings as users, in the order of their names. Narrower integers than `partial` gives will do."""
+    states = _combined(partials, behaviours)
+    for place, name in enumerate(states.column_names[2:], start=2):
+        kind = pa.list_(pa.int64()) if pa.types.is_list(states[name].type) else pa.int64()
+        states = states.set_column(place, name, states[name].cast(kind))
+    return states
+
+
+def _combined(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.Table:
     table = pa.concat_tables(partials, promote_options="permissive").combine_chunks()
-    groups = _Groups.of(_by_name(table["user"]), table["day"])
-    columns: dict[str, pa.Array] = {"user": groups.user.cast(pa.string()), "day": groups.day}
+    table = table.set_column(table.column_names.index("user"), "user", _by_name(table["user"]))
+    keys, bits, _ = _keys(table["user"], table["day"])
+    order = argsort_keys(keys, len(_array(table["user"]).dictionary) << bits)
+    # blocks of a log are stretches of time, so that few users have a day in two of them: only these rows are reduced
+    again = _repeated(keys[order])
+    if again.any():
+        reduced = _reduced(table.take(order[again]), behaviours)
+        once = table.take(order[~again]).select(reduced.column_names)
+        place = np.concatenate([keys[order[~again]], np.unique(keys[order[again]])])
+        table = pa.concat_tables([once, reduced], promote_options="permissive").combine_chunks()
+        order = np.argsort(place)
+    return table.take(order).set_column(0, "user", table["user"].take(order).cast(pa.string()))
+
+
+def _repeated(keys: Int64) -> Bool:
+    """Which of ascending keys (N,) come more than once."""
+    again = np.zeros(len(keys), np.bool_)
+    same = keys[1:] == keys[:-1]
+    again[1:] |= same
+    again[:-1] |= same
+    return again
+
+
+def _reduced(table: pa.Table, behaviours: Sequence[Behaviour]) -> pa.Table:
+    groups = _Groups.of(table["user"], table["day"])
+    columns: dict[str, pa.Array] = {"user": groups.user, "day": groups.day}
     for behaviour in behaviours:
         for column, operation in _states(behaviour.name, parse(behaviour.aggregate)):
             state = _array(table[column])
             if operation == "distinct":
                 rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
-                columns[column] = groups.lists(
-                    *groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False))
-                )
+                values = pc.list_flatten(state).to_numpy(zero_copy_only=False).astype(np.int64)
+                columns[column] = groups.lists(*_distinct(groups.of_row[rows], values))
             else:
                 present = state.is_valid().to_numpy(zero_copy_only=False) if state.null_count else None
                 columns[column] = groups.reduce(operation, _or_0(state), present)
@@ -103,23 +144,15 @@ def merge(partials: Sequence[pa.Table], behaviours: Sequence[Behaviour]) -> pa.T
     """The daily table of the events behind `partials`, the same whatever their number and order."""
     if not partials:
         raise ValueError("merge: expected at least one partial table, got none")
-    table = pa.concat_tables(partials).combine_chunks()
-    groups = _Groups.of(_by_name(table["user"]), table["day"])
-    columns: dict[str, pa.Array] = {"user": groups.user.cast(pa.string()), "day": groups.day}
+    states = _combined(partials, behaviours)
+    columns: dict[str, pa.Array] = {"user": _array(states["user"]), "day": _array(states["day"])}
     for behaviour in behaviours:
         aggregate = parse(behaviour.aggregate)
-        states = []
-        for column, operation in _states(behaviour.name, aggregate):
-            state = _array(table[column])
-            if operation == "distinct":
-                rows = pc.list_parent_indices(state).to_numpy(zero_copy_only=False)
-                group, _ = groups.distinct(rows, pc.list_flatten(state).to_numpy(zero_copy_only=False))
-                states.append(np.bincount(group, minlength=len(groups.day)).astype(np.int64))
-            else:
-                present = state.is_valid().to_numpy(zero_copy_only=False) if state.null_count else None
-                reduced = groups.reduce(operation, _or_0(state), present)
-                states.append(_or_0(reduced))
-        value = _mean(*states) if aggregate.function == "mean" else states[0]
+        found = [_array(states[column]) for column, _ in _states(behaviour.name, aggregate)]
+        if aggregate.function == "n_unique":
+            value = pc.list_value_length(found[0]).to_numpy(zero_copy_only=False).astype(np.int64)
+        else:
+            value = _mean(*map(_or_0, found)) if aggregate.function == "mean" else _or_0(found[0])
         columns[behaviour.name] = pa.array(
             (value > 0).astype(np.int64) if behaviour.kind == "binary" else value, pa.int64()
         )
@@ -133,8 +166,8 @@ def _array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def _or_0(column: pa.Array) -> Int64:
-    filled: Int64 = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
-    return filled
+    filled = pc.fill_null(column, 0) if column.null_count else column
+    return np.asarray(filled.to_numpy(zero_copy_only=False).astype(np.int64, copy=False), np.int64)
 
 
 def _by_name(user: pa.ChunkedArray) -> pa.DictionaryArray:
@@ -161,36 +194,14 @@ def _states(name: str, aggregate: Aggregate) -> list[tuple[str, Operation]]:
             return [(name, "sum")]
 
 
-def _values(
-    events: pa.Table,
-    behaviour: Behaviour,
-    aggregate: Aggregate,
-    measured: dict[tuple[str | None, float], Units],
-) -> Iterator[tuple[Int64, Bool | None]]:
-    """For each state column: what every event (N,) gives to it, and which events give anything (None: all).
-
-    `measured` keeps the numbers of an expression in units of a resolution for the other aggregates of them.
-    """
+def _holds(events: pa.Table, aggregate: Aggregate) -> Bool | None:
+    """The rows (N,) that `count` and `any` look for (None: all): a condition's where it holds, a column's where it is
+    not null."""
     if aggregate.expression is None:
-        yield np.ones(events.num_rows, np.int64), None
-        return
-    if aggregate.function == "n_unique":
-        value = aggregate.evaluate(events)
-        yield _identity(value), value.is_valid().to_numpy()
-        return
-    if aggregate.function in ("any", "count"):
-        # count(condition) counts the rows where it holds, count(column) those where it is not null
-        value = aggregate.evaluate(events)
-        holds = value if pa.types.is_boolean(value.type) else pc.is_valid(value)
-        yield (pc.fill_null(holds, False) if holds.null_count else holds).to_numpy().astype(np.int64), None
-        return
-    key = (aggregate.expression, behaviour.resolution)
-    if key not in measured:
-        measured[key] = _measured(aggregate.evaluate(events), behaviour, aggregate)
-    units = measured[key]
-    yield units.whole, units.present
-    if aggregate.function == "mean":
-        yield units.present.astype(np.int64), None
+        return None
+    value = aggregate.evaluate(events)
+    holds = value if pa.types.is_boolean(value.type) else pc.is_valid(value)
+    return np.asarray((pc.fill_null(holds, False) if holds.null_count else holds).to_numpy(), np.bool_)
 
 
 def _measured(value: pa.ChunkedArray, behaviour: Behaviour, aggregate: Aggregate) -> Units:
@@ -234,6 +245,16 @@ _REDUCE: dict[str, tuple[np.ufunc, int]] = {
 }
 
 
+def _keys(user: pa.ChunkedArray | pa.Array, day: pa.ChunkedArray) -> tuple[Int64, int, int]:
+    """For each row a key that sorts by (place of the user in the dictionary, day); the bits of it that hold the day,
+    and the first day."""
+    codes = _array(user).indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    days = _array(day).to_numpy(zero_copy_only=False).astype(np.int64)
+    first, last = (int(days.min()), int(days.max())) if len(days) else (0, 0)
+    bits = (last - first).bit_length()
+    return (codes << bits) + (days - first), bits, first
+
+
 @dataclass(frozen=True)
 class _Groups:
     """Rows (N,) grouped by (user, day), G groups in the order of the users' dictionary, then by day."""
@@ -245,11 +266,8 @@ class _Groups:
     @staticmethod
     def of(user: pa.ChunkedArray | pa.Array, day: pa.ChunkedArray) -> _Groups:
         encoded = _array(user).dictionary_encode()
-        codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        days = _array(day).to_numpy(zero_copy_only=False).astype(np.int64)
-        first = int(days.min(initial=0))
-        bits = (int(days.max(initial=first)) - first).bit_length()
-        keys, of_row = number_keys((codes << bits) + (days - first), len(encoded.dictionary) << bits)
+        found, bits, first = _keys(encoded, day)
+        keys, of_row = number_keys(found, len(encoded.dictionary) << bits)
         names = pa.DictionaryArray.from_arrays(pa.array((keys >> bits).astype(np.int32)), encoded.dictionary)
         return _Groups(names, pa.array(((keys & ((1 << bits) - 1)) + first).astype(np.int32)), of_row)
 
@@ -268,9 +286,10 @@ class _Groups:
         some[of_row] = True
         return pa.array(reduced, pa.int64(), mask=~some)
 
-    def distinct(self, rows: npt.NDArray[np.integer], values: Int64) -> tuple[Int64, Int64]:
-        """(group, value), sorted, each once, of `values` (V,), given with the row that each comes from."""
-        return _distinct(self.of_row[rows], values)
+    def count(self, rows: Bool | None) -> Int64:
+        """How many of the rows (N,; None: all) each group has (G,)."""
+        of_row = self.of_row if rows is None else self.of_row[np.flatnonzero(rows)]
+        return np.bincount(of_row, minlength=len(self.day)).astype(np.int64, copy=False)
 
     def lists(self, group: Int64, values: Int64) -> pa.Array:
         """Values (V,) by ascending group as a list for every group (G,)."""
