@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -9,6 +10,10 @@ import pytest
 
 from lum_ray.config import Run
 from tests import s3
+
+# One thread for every process of the tests: threads of several processes that wait for each other on few cores may
+# stall for minutes. Set before torch is loaded, and inherited by what the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ token is a calendar day in the window since the user's first; pads before it are
 Ours reads the timelines artifact in the loader's one thread, with torch on one thread; a repeat is a whole epoch of a
 new loader, so that every byte comes from the file. Rows (bars in BARS):
 - loader/ray_data/tokens_per_s: beside iter_torch_batches over dense rows (a row per user and day).
-- loader/mosaic/tokens_per_s: beside MosaicML streaming, two workers, one dense sample a user (see `make peers`).
+- loader/mosaic/tokens_per_s: beside MosaicML streaming, two workers, a sample a user: her active days, made dense by
+  sample (see `make peers`). loader/mosaic_dense/tokens_per_s: its samples are the windows themselves, dense on disk, 6
+  times the bytes for one cut only; no bar.
 - loader/dataloader/tokens_per_s: beside torch's DataLoader over the same artifact, two workers, collated by sample.
 - loader/thread/tokens_per_s: ours by the processor's time, which other work on the machine does not change.
 - loader/s3/tokens_per_s: ours from a local S3 server, beside Ray Data from it.
@@ -179,20 +181,23 @@ def beside_mosaic(bench: Bench) -> None:
         if not bench.options.quick:
             bench.missed.append(f"loader/mosaic/tokens_per_s: expected its Python at {bench.options.peers}")
         return
-    path, shards = (os.path.join(bench.work, name) for name in ("windows.npy", "mds"))
-    np.save(path, np.concatenate(bench.windows))
+    path = os.path.join(bench.work, "windows.npz")
+    windows = np.concatenate(bench.windows)
+    user, place = np.nonzero(windows.any(axis=2))
+    offsets = np.searchsorted(user, np.arange(len(windows) + 1))
+    np.savez(
+        path, offsets=offsets, place=place.astype(np.int32), values=windows[user, place].astype(np.int64), days=DAYS
+    )
+    for what, dense in (("mosaic", False), ("mosaic_dense", True)):
+        _beside_mosaic(bench, f"loader/{what}/tokens_per_s", path, dense)
+
+
+def _beside_mosaic(bench: Bench, what: str, path: str, dense: bool) -> None:
     script = os.path.join(os.path.dirname(__file__), "streaming_peer.py")
-    command = [
-        bench.options.peers,
-        "-P",
-        script,
-        "--windows",
-        path,
-        "--work",
-        shards,
-        "--batch",
-        str(bench.options.batch),
-    ]
+    shards = os.path.join(bench.work, f"mds-{dense}")
+    batch = str(bench.options.batch)
+    command = [bench.options.peers, "-P", script, "--windows", path, "--work", shards, "--batch", batch]
+    command += ["--dense"] if dense else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         asks, answers = process.stdin, process.stdout
@@ -202,7 +207,7 @@ def beside_mosaic(bench: Bench) -> None:
             print(file=asks, flush=True)
             return int(answers.readline().split()[1])
 
-        bench.beside("loader/mosaic/tokens_per_s", bench.ours.epoch, epoch, "MosaicML streaming, two workers")
+        bench.beside(what, bench.ours.epoch, epoch, "MosaicML streaming, two workers" + ", dense shards" * dense)
         asks.close()
 
 

@@ -51,25 +51,41 @@ def nothing(width: int) -> History:
 
 
 def decode(table: pa.Table, behaviours: Sequence[str], where: str) -> History:
-    """List columns as CSR. `list_flatten` and the list lengths are right for slices, unlike the raw buffers."""
-    lengths = as_numpy(pc.fill_null(pc.list_value_length(table["days"]), 0), np.int64)
-    for name in behaviours:
-        theirs = as_numpy(pc.fill_null(pc.list_value_length(table[name]), 0), np.int64)
-        wrong = np.flatnonzero(theirs != lengths)[:5]
-        if len(wrong):
+    """List columns as CSR."""
+    offsets, days = _lists(table["days"])
+    values = np.empty((len(days), len(behaviours)), np.int64)
+    for index, name in enumerate(behaviours):
+        theirs, flat = _lists(table[name])
+        if not np.array_equal(theirs, offsets):
+            lengths, found = np.diff(offsets), np.diff(theirs)
+            wrong = np.flatnonzero(found != lengths)[:5]
             raise UserError(
                 f"{where}: '{name}' must have one value per active day; expected {lengths[wrong].tolist()}, got "
-                f"{theirs[wrong].tolist()} for the users {table['user'].take(wrong).to_pylist()}; "
+                f"{found[wrong].tolist()} for the users {table['user'].take(wrong).to_pylist()}; "
                 "prepare the timelines again"
             )
-    days = as_numpy(pc.list_flatten(table["days"]), np.int32)
+        values[:, index] = as_numpy(flat, np.int64)
     return History(
-        user=table["user"].cast(pa.string()).combine_chunks(),
+        user=_one(table["user"].cast(pa.string())),
         user_hash=as_numpy(table["user_hash"], np.uint64),
-        lengths=lengths,
-        days=days,
-        values=stacked([pc.list_flatten(table[name]) for name in behaviours], len(days)),
+        lengths=np.diff(offsets),
+        days=as_numpy(days, np.int32),
+        values=values,
     )
+
+
+def _lists(column: pa.ChunkedArray) -> tuple[Int64, pa.Array]:
+    """Where each list begins in the flat values, from 0 (N + 1,), and the values; a null is an empty list."""
+    lists = _one(column)
+    if lists.null_count:  # the buffers may hold anything behind a null
+        lengths = as_numpy(pc.fill_null(pc.list_value_length(lists), 0), np.int64)
+        return np.concatenate([[0], np.cumsum(lengths)]), pc.list_flatten(lists)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0], lists.values[offsets[0] : offsets[-1]]
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def clip(history: History, from_day: int, to_day: int) -> History:
@@ -133,7 +149,7 @@ def check_days(history: History, where: str, repeats: bool) -> None:
 
 def as_numpy(column: pa.ChunkedArray | pa.Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """A column without nulls as numpy (bool and integers). Raises pyarrow's ArrowInvalid where a value does not fit."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = _one(column) if isinstance(column, pa.ChunkedArray) else column
     return np.asarray(array.cast(pa.from_numpy_dtype(dtype)).to_numpy(zero_copy_only=False), dtype)
 
 

@@ -46,9 +46,11 @@ __all__ = ["Engine", "Progress", "Tokenizer", "prepare_timelines", "silent"]
 
 Engine = Literal["auto", "local", "ray"]
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, tasks done, tasks in all)."""
+"""Called with ("read" or "merge", tasks done, tasks in all)."""
 
 BLOCK_ROWS = 1 << 21
+AGGREGATED_BLOCK_ROWS = 1 << 22
+"""Where a map task leaves a row per user and day: of the events themselves only a batch is in memory."""
 MIN_BLOCK_ROWS = 1 << 18
 BLOCKS = 16
 """A small table is read in so many blocks: a map task more or less than the others is then no matter."""
@@ -163,7 +165,8 @@ def _build(
     behind = event_rows + (earlier["states"]["rows"] if base else 0)
     files = buckets.choose_files(max(behind, profile_rows), log2_buckets)
     if block_rows is None:
-        block_rows = min(BLOCK_ROWS, max(MIN_BLOCK_ROWS, max(event_rows, profile_rows) // BLOCKS))
+        most = BLOCK_ROWS if tokenizer.columns or data.events.id is not None else AGGREGATED_BLOCK_ROWS
+        block_rows = min(most, max(MIN_BLOCK_ROWS, max(event_rows, profile_rows) // BLOCKS))
     maps = [*map_tasks("events", events, block_rows), *map_tasks("profiles", profiles, block_rows)]
     sizes = [file.bytes for file in (*events, *profiles)]
     shape = [log2_buckets, files, tokenizer.version, *([base.digest] if base else [])]

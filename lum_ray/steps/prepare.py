@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -48,6 +49,19 @@ STARTS_BUCKETS = 16
 
 def silent(text: str) -> None:
     """A log that says nothing."""
+
+
+def now_and_then(log: Log, every_s: float = 15.0) -> data_prepare.Progress:
+    """A progress of `prepare_timelines` that logs a line at most every `every_s`: a small table says nothing."""
+    told_at = time.monotonic()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        nonlocal told_at
+        if done and time.monotonic() - told_at >= every_s:
+            told_at = time.monotonic()
+            log(f"{stage}: {done} of {total} blocks")
+
+    return progress
 
 
 @dataclass(frozen=True)
@@ -245,8 +259,8 @@ def find_or_build(
             start_ray()
     lineage = digest("lineage", kind, made_by.version, shape, profiles, data.late_days)
     return data_prepare.prepare_timelines(
-        data, tables, uri, made_by, data.engine, asdict(prints), lineage=lineage, log=log, events=files,
-        root=run.root,
+        data, tables, uri, made_by, data.engine, asdict(prints), now_and_then(log), lineage=lineage, log=log,
+        events=files, root=run.root,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from lum_ray.data.reader import Timelines
 from lum_ray.steps import evaluate, predict, prepare, train
 from lum_ray.steps.evaluate import by_cohort
 from lum_ray.steps.predict import assign, check_cohorts
-from lum_ray.steps.prepare import cut_plan, describe
+from lum_ray.steps.prepare import cut_plan, describe, now_and_then
 
 
 def changed(run: Run, *assignments: str) -> Run:
@@ -33,6 +33,16 @@ def test_everything_is_found_again(tiny: Run) -> None:
     )  # fmt: skip
     assert train(tiny, said.append) == train(tiny)
     assert said == ["already trained"]
+
+
+def test_a_long_prepare_says_how_far_it_is() -> None:
+    said: list[str] = []
+    now_and_then(said.append)("read", 1, 3)
+    assert said == [], "a short one says nothing"
+    progress = now_and_then(said.append, every_s=0.0)
+    for done in range(4):
+        progress("read", done, 3)
+    assert said == ["read: 1 of 3 blocks", "read: 2 of 3 blocks", "read: 3 of 3 blocks"]
 
 
 def test_what_shapes_an_artifact_names_it(tiny: Run) -> None:
