@@ -14,6 +14,8 @@ from tests import s3
 # One thread for every process of the tests: threads of several processes that wait for each other on few cores may
 # stall for minutes. Set before torch is loaded, and inherited by what the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray gives its workers way to everything else (niceness 15): on a busy machine they then hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
