@@ -68,6 +68,8 @@ def _lumos(run: Run, folders: Mapping[str, str], metric: str) -> tuple[dict[str,
                 continue
             forecast = found.forecasts[task, name, found.seeds(task, name)[0]]
             known = ~np.isnan(outcomes.y)
+            if not known.any():
+                continue  # it looks further ahead than the validation's days are known
             y, user = outcomes.y[known], outcomes.user[known]
             if kind == "auc":
                 offset = (outcomes.day - outcomes.cut)[known]
@@ -76,6 +78,11 @@ def _lumos(run: Run, folders: Mapping[str, str], metric: str) -> tuple[dict[str,
             else:
                 terms = metrics.wmape_terms(y, forecast["mean"][known])
                 parts.append(bootstrap.ratio_resamples(terms, user, weights))
+        if not parts:
+            raise UserError(
+                f"tune.metric: {metric}: none of the cuts asked has a known outcome of it; choose another metric, or "
+                "earlier days in split.validate"
+            )
         result[name] = bootstrap.mean_defined(parts)
     return result, len(found.users)
 

@@ -80,7 +80,9 @@ def auc_resamples(y: Floats, score: Floats, user: Ints, weights: Weights) -> Flo
 
 
 def grouped_auc_resamples(y: Floats, score: Floats, group: Ints, user: Ints, weights: Weights) -> dict[int, Floats]:
-    """The AUC of each group of rows (a day offset; a cut and a day offset), (R + 1,) each."""
+    """The AUC of each group of rows (a day offset; a cut and a day offset), (R + 1,) each; of no rows there is none."""
+    if len(group) == 0:
+        return {}
     order = np.argsort(group, kind="stable")
     names, starts = np.unique(group[order], return_index=True)
     slices = np.split(order, starts[1:])
