@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from lum_ray.artifacts import MANIFEST, UserError, join, read_bytes, read_json
@@ -55,7 +56,10 @@ def load(uri: str) -> Weights:
         contents = {name: _checked(step, name, broken) for name in (MODEL, LOOP)}
         model, loop = contents[MODEL], contents[LOOP]
         if model is not None and loop is not None:
-            return Weights(load_safetensors(model), json.loads(loop))
+            try:
+                return Weights(load_safetensors(model), json.loads(loop))
+            except (SafetensorError, json.JSONDecodeError) as error:  # whoever wrote it wrote its digest too
+                broken.append(f"{step.uri}: not what it should be: {error}")
     raise UserError("no intact checkpoint:\n" + "\n".join(broken[:5]) + "\nrestore it, or train anew with --fresh")
 
 

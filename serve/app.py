@@ -28,7 +28,7 @@ from lum_ray import config
 from lum_ray.artifacts import UserError, join, open_artifact, read_json
 from lum_ray.run_data import STRICT
 from serve.access import Token, check_exposure, read_tokens
-from serve.batching import Batcher
+from serve.batching import OVERLOADED, Batcher, work
 from serve.ingress import Limits, UnavailableError, create_app
 from serve.types import Body, Reply
 
@@ -79,8 +79,10 @@ class Deployed:
         return self._live.info()
 
     async def replies(self, method: str, bodies: Sequence[Body]) -> list[Reply]:
-        """A reply for each body, in order."""
+        """A reply for each body, in order. All are sent away together, so that none waits for the others to be told."""
         self._watch()
+        if not self._batcher.takes(sum(map(work, bodies))):
+            return [OVERLOADED] * len(bodies)
         return list(await asyncio.gather(*(self._batcher.call(method, body) for body in bodies)))
 
     async def check_health(self) -> None:
@@ -193,7 +195,8 @@ def _deployment(kind: str, endpoint: Endpoint, ingress: config.Serve) -> serve.A
     scaling: dict[str, Any] = {"num_replicas": own.replicas}
     if most > own.replicas:
         bounds = {"min_replicas": own.replicas, "max_replicas": most}
-        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": own.target_batches}}
+        delays = {"upscale_delay_s": own.upscale_delay_s, "downscale_delay_s": own.downscale_delay_s}
+        scaling = {"autoscaling_config": {**bounds, **delays, "target_ongoing_requests": own.target_batches}}
     return serve.deployment(
         Deployed,
         name=kind,
