@@ -150,8 +150,9 @@ class Tune:
 @dataclass(frozen=True)
 class Serve:
     """`replicas` of the model at least and at most `max_replicas` (None: as many), so that each has `target_batches`
-    under way, once that has been so for `upscale_delay_s` or `downscale_delay_s`. `tokens`: where hashed bearer tokens are; `requests_per_s` of each (0: no bound); `watch_s`: how often a
-    replica looks for what was published; `cache_mib` of encoded histories a replica (LUMOS)."""
+    under way; more or fewer are taken once that has been needed for `upscale_delay_s` or `downscale_delay_s`.
+    `tokens`: where hashed bearer tokens are; `requests_per_s` of each (0: no bound); `watch_s`: how often a replica
+    looks for what was published; `cache_mib` of encoded histories a replica (LUMOS)."""
 
     __pydantic_config__: ClassVar = STRICT
     host: str = "127.0.0.1"

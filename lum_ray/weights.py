@@ -58,9 +58,17 @@ def load(uri: str) -> Weights:
         if model is not None and loop is not None:
             try:
                 return Weights(load_safetensors(model), json.loads(loop))
-            except (SafetensorError, json.JSONDecodeError) as error:  # whoever wrote it wrote its digest too
+            except (SafetensorError, ValueError) as error:  # whoever wrote it wrote its digest too
                 broken.append(f"{step.uri}: not what it should be: {error}")
     raise UserError("no intact checkpoint:\n" + "\n".join(broken[:5]) + "\nrestore it, or train anew with --fresh")
+
+
+def tensors(uri: str) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors file. Raises UserError for anything else."""
+    try:
+        return load_safetensors(read_bytes(uri))
+    except SafetensorError as error:
+        raise UserError(f"{uri}: not safetensors ({error}); restore it, or train anew with --fresh") from None
 
 
 def fingerprint(uri: str) -> str:
@@ -90,6 +98,6 @@ def steps(uri: str) -> list[Step]:
         manifest = read_json(join(uri, MANIFEST))
     except FileNotFoundError:
         return []
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{join(uri, MANIFEST)}: not JSON ({error}); restore it, or train anew with --fresh") from None
     return [Step(join(uri, entry["folder"]), entry["step"], entry["files"]) for entry in manifest["steps"]]
