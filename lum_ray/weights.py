@@ -66,9 +66,10 @@ def load(uri: str) -> Weights:
 def tensors(uri: str) -> dict[str, torch.Tensor]:
     """The tensors of one safetensors file. Raises UserError for anything else."""
     try:
-        return load_safetensors(read_bytes(uri))
+        found: dict[str, torch.Tensor] = load_safetensors(read_bytes(uri))
     except SafetensorError as error:
         raise UserError(f"{uri}: not safetensors ({error}); restore it, or train anew with --fresh") from None
+    return found
 
 
 def fingerprint(uri: str) -> str:

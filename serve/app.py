@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -28,14 +29,18 @@ from lum_ray import config
 from lum_ray.artifacts import UserError, join, open_artifact, read_json
 from lum_ray.run_data import STRICT
 from serve.access import Token, check_exposure, read_tokens
-from serve.batching import OVERLOADED, Batcher, work
+from serve.batching import Batcher
 from serve.ingress import Limits, UnavailableError, create_app
 from serve.types import Body, Reply
 
+log = logging.getLogger("lum_ray.serve")
 NAME = "lum_ray"
 KINDS = ("lumos", "gts")
 BATCHES_IN_FLIGHT = 8
 """From one ingress replica to one model. What waits beyond them makes the next ones larger."""
+BATCHES_HELD = 2
+"""By all ingress replicas for each replica of a model: more would only wait there."""
+COUNT_S = 2.0
 ATTEMPTS, RETRY_S = 3, 0.1
 INGRESS_CPUS = 0.1
 MODEL_CPUS = 0.8  # so that both models and their ingress have room on two cores
@@ -79,10 +84,8 @@ class Deployed:
         return self._live.info()
 
     async def replies(self, method: str, bodies: Sequence[Body]) -> list[Reply]:
-        """A reply for each body, in order. All are sent away together, so that none waits for the others to be told."""
+        """A reply for each body, in order."""
         self._watch()
-        if not self._batcher.takes(sum(map(work, bodies))):
-            return [OVERLOADED] * len(bodies)
         return list(await asyncio.gather(*(self._batcher.call(method, body) for body in bodies)))
 
     async def check_health(self) -> None:
@@ -100,20 +103,36 @@ class Deployed:
 
 
 class Remote:
-    """A model's deployment as the ingress sees it: calls go in batches, and again where a replica dies.
+    """A model's deployment as one ingress sees it: calls go in batches, and again where a replica dies.
 
-    Every call only reads, so that to ask twice does no harm.
+    Every call only reads, so that to ask twice does no harm. A replica shall have one batch at work and one that waits:
+    this ingress holds its `share` of that, and sends the rest away.
     """
 
-    def __init__(self, handle: DeploymentHandle, max_batch: int, timeout_s: float) -> None:
+    def __init__(self, handle: DeploymentHandle, max_batch: int, timeout_s: float, share: float = 1.0) -> None:
         self._handle, self._timeout_s = handle, timeout_s
-        self._batcher = Batcher(self._replies, max_batch, BATCHES_IN_FLIGHT)
+        self._room = BATCHES_HELD * max_batch * share
+        self._batcher = Batcher(self._replies, max_batch, BATCHES_IN_FLIGHT, self._room)
+        self._watching: asyncio.Task[None] | None = None
+
+    async def _watch(self) -> None:
+        """Hold as much as the replicas that are running can take."""
+        while True:
+            try:
+                status = await asyncio.to_thread(serve.status)
+                states = status.applications[self._handle.app_name].deployments[self._handle.deployment_name]
+                self._batcher.room = self._room * max(1, states.replica_states.get("RUNNING", 0))
+            except Exception:
+                log.exception("%s: cannot count its replicas; for as many as before", self._handle.deployment_name)
+            await asyncio.sleep(COUNT_S)
 
     async def info(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._try("info")
         return found
 
     async def call(self, method: str, body: Body) -> Reply:
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop().create_task(self._watch())
         return await self._batcher.call(method, body)
 
     async def _replies(self, method: str, bodies: Sequence[Body]) -> list[Reply]:
@@ -144,8 +163,11 @@ class Ingress:
         limits: Limits,
         tokens: Sequence[Token],
         requests_per_s: float,
+        share: float,
     ) -> None:
-        self._models = {name: Remote(handle, max_batch[name], limits.timeout_s) for name, handle in models.items()}
+        self._models = {
+            name: Remote(handle, max_batch[name], limits.timeout_s, share) for name, handle in models.items()
+        }
         self._limits, self._tokens, self._requests_per_s = limits, tokens, requests_per_s
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -185,8 +207,9 @@ def in_front(
         graceful_shutdown_timeout_s=settings.timeout_s,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
     )
-    # a token may ask either replica, so each allows its part
-    return ingress.bind(models, max_batch, limits, tokens, settings.requests_per_s / settings.ingress_replicas)
+    # a call may come to any replica, so each allows its part
+    share = 1 / settings.ingress_replicas
+    return ingress.bind(models, max_batch, limits, tokens, settings.requests_per_s * share, share)
 
 
 def _deployment(kind: str, endpoint: Endpoint, ingress: config.Serve) -> serve.Application:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from lum_ray.artifacts import UserError
 from serve.types import Body, Reply, error_reply
 
 T = TypeVar("T")
-OVERLOADED = error_reply(503, "overloaded", "a whole batch is waiting already; try again later")
+OVERLOADED = error_reply(503, "overloaded", "the model has enough to do; try again later")
 
 
 class _Waiting(NamedTuple):
@@ -25,42 +27,57 @@ class Batcher:
 
     There is no timer: a call that finds a place goes at once, and the busier it is, the larger the batches get.
     `run(method, bodies)` gives a reply for each body; what it raises, each call of the batch raises. `most` bounds the
-    work that waits (`work`), and so that of a batch, but a larger call may wait alone; what comes beyond is sent away,
-    so that what is taken is answered soon. Belongs to one event loop.
+    work of a batch (`work`), but a larger call goes alone. `room` bounds all work that waits or is under way, but where
+    there is none, any call is taken; what comes beyond is sent away, so that what is taken is answered soon.
+    Belongs to one event loop.
     """
 
-    def __init__(self, run: Callable[[str, list[Body]], Awaitable[list[Reply]]], most: int, in_flight: int = 1) -> None:
-        self._run, self._most, self._free = run, most, in_flight
-        self._waiting: list[_Waiting] = []
+    def __init__(
+        self,
+        run: Callable[[str, list[Body]], Awaitable[list[Reply]]],
+        most: int,
+        in_flight: int = 1,
+        room: float = math.inf,
+    ) -> None:
+        self.room = room
+        self._run, self._most, self._free, self._under_way = run, most, in_flight, 0
+        self._waiting: deque[_Waiting] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def call(self, method: str, body: Body) -> Reply:
-        """The reply to one call, OVERLOADED at once where too much waits. A caller that is cancelled leaves the
+        """The reply to one call, OVERLOADED at once where there is no room. A caller that is cancelled leaves the
         queue, and no batch waits for it."""
-        if not self.takes(work(body)):
+        held = self._under_way + _size(waiting for waiting in self._waiting if not waiting.reply.done())
+        if held and held + work(body) > self.room:
             return OVERLOADED
         waiting = _Waiting(method, body, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._start()
         return await waiting.reply
 
-    def takes(self, size: int) -> bool:
-        """Whether so much work, in one call or several, may wait."""
-        ahead = sum(work(waiting.body) for waiting in self._waiting if not waiting.reply.done())
-        return not ahead or ahead + size <= self._most
-
     def _start(self) -> None:
         while self._free and (batch := self._next()):
             self._free -= 1
+            self._under_way += _size(batch)
             task = asyncio.get_running_loop().create_task(self._answer(batch))
             self._tasks.add(task)  # the loop itself holds a task by a weak reference only
             task.add_done_callback(self._tasks.discard)
 
     def _next(self) -> list[_Waiting]:
-        """The call that has waited longest, and all others of its method: what waits fits into a batch."""
-        waiting = [one for one in self._waiting if not one.reply.done()]  # the others have given up
-        batch = [one for one in waiting if one.method == waiting[0].method]
-        self._waiting = [one for one in waiting if one.method != waiting[0].method]
+        """The call that has waited longest, and as many of its method as fit beside it."""
+        batch: list[_Waiting] = []
+        left: deque[_Waiting] = deque()
+        total = 0
+        for waiting in self._waiting:
+            if waiting.reply.done():  # given up
+                continue
+            size = work(waiting.body)
+            if not batch or (waiting.method == batch[0].method and total + size <= self._most):
+                batch.append(waiting)
+                total += size
+            else:
+                left.append(waiting)
+        self._waiting = left
         return batch
 
     async def _answer(self, batch: list[_Waiting]) -> None:
@@ -77,7 +94,12 @@ class Batcher:
                 raise
         finally:
             self._free += 1
+            self._under_way -= _size(batch)
             self._start()
+
+
+def _size(calls: Iterable[_Waiting]) -> int:
+    return sum(work(waiting.body) for waiting in calls)
 
 
 def work(body: Body) -> int:

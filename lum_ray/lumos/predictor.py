@@ -118,15 +118,15 @@ class Predictor:
         the training data end), which is the default cut. Raises UserError for a checkpoint that is
         not there, is damaged or belongs to another model.
         """
-        place = join(uri, "run.json")
+        origin = join(uri, "run.json")
         try:
-            record = read_json(place)
+            record = read_json(origin)
         except FileNotFoundError:
             raise UserError(
                 f"{uri}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`"
             ) from None
         except ValueError as error:
-            raise UserError(f"{place}: not JSON ({error}); restore it, or train anew with --fresh") from None
+            raise UserError(f"{origin}: not JSON ({error}); restore it, or train anew with --fresh") from None
         if record.get("model") != "lumos":
             raise UserError(f"{uri}: expected a LUMOS checkpoint, got one of {record.get('model')!r}")
         run = runs.read_run(record["run"], {"lumos": LumosConfig})

@@ -131,18 +131,21 @@ def body(name: str, users: int = 1) -> Body:
     return {"users": [name] * users}
 
 
-def test_what_waits_goes_together_by_method() -> None:
+def test_what_waits_goes_together_by_method_and_up_to_the_bound() -> None:
     async def scenario() -> None:
         works = Works()
         batcher = Batcher(works, most=4)
-        calls = [("predict", "a"), ("predict", "b"), ("embed", "c"), ("predict", "d")]
-        tasks = [asyncio.create_task(batcher.call(method, body(name))) for method, name in calls]
+        calls = [("a", 1), ("b", 2), ("c", 3), ("d", 1), ("e", 9)]
+        tasks = [asyncio.create_task(batcher.call("predict", body(name, users))) for name, users in calls]
+        other = asyncio.create_task(batcher.call("embed", body("f")))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert works.batches == [("predict", ["a"])]
         works.go.set()
-        assert [reply.body.decode() for reply in await asyncio.gather(*tasks)] == list("abcd")
-        assert works.batches == [("predict", ["a"]), ("predict", ["b", "d"]), ("embed", ["c"])]
+        assert [reply.body.decode() for reply in await asyncio.gather(*tasks, other)] == list("abcdef")
+        assert works.batches == [
+            ("predict", ["a"]), ("predict", ["b", "d"]), ("predict", ["c"]), ("predict", ["e"]), ("embed", ["f"]),
+        ]  # fmt: skip
 
     asyncio.run(scenario())
 
@@ -150,22 +153,21 @@ def test_what_waits_goes_together_by_method() -> None:
 @pytest.mark.parametrize(
     ("sizes", "taken"),
     [
-        # the first goes at once; of what waits, no more than 4
-        ([9, 2, 3, 2, 1], [True, True, False, True, False]),
-        ([1, 9, 1], [True, True, False]),
-        ([1, 1, 9, 3], [True, True, False, True]),
+        ([2, 3, 2, 1], [True, False, True, False]),
+        ([9, 1], [True, False]),  # the first is taken, however large
     ],
 )
-def test_what_would_wait_beyond_a_batch_is_sent_away_at_once(sizes: list[int], taken: list[bool]) -> None:
+def test_what_there_is_no_room_for_is_sent_away_at_once(sizes: list[int], taken: list[bool]) -> None:
     async def scenario() -> None:
         works = Works()
-        batcher = Batcher(works, most=4)
+        batcher = Batcher(works, most=3, room=4)
         tasks = [asyncio.create_task(batcher.call("predict", body(str(i), users))) for i, users in enumerate(sizes)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert [task.done() for task in tasks] == [not one for one in taken]
         works.go.set()
         assert [reply.status for reply in await asyncio.gather(*tasks)] == [200 if one else 503 for one in taken]
+        assert (await batcher.call("predict", body("z", users=9))).status == 200
 
     asyncio.run(scenario())
 
