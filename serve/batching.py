@@ -27,9 +27,9 @@ class Batcher:
 
     There is no timer: a call that finds a place goes at once, and the busier it is, the larger the batches get.
     `run(method, bodies)` gives a reply for each body; what it raises, each call of the batch raises. `most` bounds the
-    work of a batch (`work`), but a larger call goes alone. `room` bounds all work that waits or is under way, but where
-    there is none, any call is taken; what comes beyond is sent away, so that what is taken is answered soon.
-    Belongs to one event loop.
+    work of a batch (`work`), but a larger call goes alone. `room` bounds all work that waits or is under way (a call
+    counts as one batch at most); what comes beyond is sent away, so that what is taken is answered soon. Where there is
+    none, any call is taken. Belongs to one event loop.
     """
 
     def __init__(
@@ -47,18 +47,21 @@ class Batcher:
     async def call(self, method: str, body: Body) -> Reply:
         """The reply to one call, OVERLOADED at once where there is no room. A caller that is cancelled leaves the
         queue, and no batch waits for it."""
-        held = self._under_way + _size(waiting for waiting in self._waiting if not waiting.reply.done())
-        if held and held + work(body) > self.room:
+        held = self._under_way + self._held(waiting for waiting in self._waiting if not waiting.reply.done())
+        if held and held + min(work(body), self._most) > self.room:
             return OVERLOADED
         waiting = _Waiting(method, body, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._start()
         return await waiting.reply
 
+    def _held(self, calls: Iterable[_Waiting]) -> int:
+        return sum(min(work(waiting.body), self._most) for waiting in calls)
+
     def _start(self) -> None:
         while self._free and (batch := self._next()):
             self._free -= 1
-            self._under_way += _size(batch)
+            self._under_way += self._held(batch)
             task = asyncio.get_running_loop().create_task(self._answer(batch))
             self._tasks.add(task)  # the loop itself holds a task by a weak reference only
             task.add_done_callback(self._tasks.discard)
@@ -94,12 +97,8 @@ class Batcher:
                 raise
         finally:
             self._free += 1
-            self._under_way -= _size(batch)
+            self._under_way -= self._held(batch)
             self._start()
-
-
-def _size(calls: Iterable[_Waiting]) -> int:
-    return sum(work(waiting.body) for waiting in calls)
 
 
 def work(body: Body) -> int:

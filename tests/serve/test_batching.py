@@ -154,7 +154,7 @@ def test_what_waits_goes_together_by_method_and_up_to_the_bound() -> None:
     ("sizes", "taken"),
     [
         ([2, 3, 2, 1], [True, False, True, False]),
-        ([9, 1], [True, False]),  # the first is taken, however large
+        ([9, 1, 1], [True, True, False]),
     ],
 )
 def test_what_there_is_no_room_for_is_sent_away_at_once(sizes: list[int], taken: list[bool]) -> None:
