@@ -150,15 +150,18 @@ class Tune:
 @dataclass(frozen=True)
 class Serve:
     """`replicas` of the model at least and at most `max_replicas` (None: as many), so that each has `target_batches`
-    under way. `tokens`: where hashed bearer tokens are; `requests_per_s` of each (0: no bound); `watch_s`: how often a
-    replica looks for what was published; `cache_mib` of encoded histories a replica (LUMOS)."""
+    under way; more or fewer are taken once that has been needed for `upscale_delay_s` or `downscale_delay_s`.
+    `tokens`: where hashed bearer tokens are; `requests_per_s` of each (0: no bound); `watch_s`: how often a replica
+    looks for what was published; `cache_mib` of encoded histories a replica (LUMOS)."""
 
     __pydantic_config__: ClassVar = STRICT
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1
     max_replicas: int | None = None
-    target_batches: float = 2.0
+    target_batches: float = 1.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
     ingress_replicas: int = 2
     max_batch: int = 64
     max_users: int = 256
@@ -178,8 +181,9 @@ class Serve:
         for name in ("timeout_s", "watch_s", "target_batches"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if self.requests_per_s < 0 or self.cache_mib < 0:
-            raise ValueError("requests_per_s, cache_mib: expected 0 or more")
+        for name in ("requests_per_s", "cache_mib", "upscale_delay_s", "downscale_delay_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from lum_ray.artifacts import MANIFEST, UserError, join, read_bytes, read_json
@@ -55,8 +56,20 @@ def load(uri: str) -> Weights:
         contents = {name: _checked(step, name, broken) for name in (MODEL, LOOP)}
         model, loop = contents[MODEL], contents[LOOP]
         if model is not None and loop is not None:
-            return Weights(load_safetensors(model), json.loads(loop))
+            try:
+                return Weights(load_safetensors(model), json.loads(loop))
+            except (SafetensorError, ValueError) as error:  # whoever wrote it wrote its digest too
+                broken.append(f"{step.uri}: not what it should be: {error}")
     raise UserError("no intact checkpoint:\n" + "\n".join(broken[:5]) + "\nrestore it, or train anew with --fresh")
+
+
+def tensors(uri: str) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors file. Raises UserError for anything else."""
+    try:
+        found: dict[str, torch.Tensor] = load_safetensors(read_bytes(uri))
+    except SafetensorError as error:
+        raise UserError(f"{uri}: not safetensors ({error}); restore it, or train anew with --fresh") from None
+    return found
 
 
 def fingerprint(uri: str) -> str:
@@ -86,6 +99,6 @@ def steps(uri: str) -> list[Step]:
         manifest = read_json(join(uri, MANIFEST))
     except FileNotFoundError:
         return []
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{join(uri, MANIFEST)}: not JSON ({error}); restore it, or train anew with --fresh") from None
     return [Step(join(uri, entry["folder"]), entry["step"], entry["files"]) for entry in manifest["steps"]]

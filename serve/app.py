@@ -20,8 +20,6 @@ import httpx
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from lum_ray import config
@@ -29,14 +27,12 @@ from lum_ray.artifacts import UserError, join, open_artifact, read_json
 from lum_ray.run_data import STRICT
 from serve.access import Token, check_exposure, read_tokens
 from serve.batching import Batcher
-from serve.ingress import Limits, UnavailableError, create_app
+from serve.ingress import Limits, create_app
+from serve.remote import BATCHES_IN_FLIGHT, Remote
 from serve.types import Body, Reply
 
 NAME = "lum_ray"
 KINDS = ("lumos", "gts")
-BATCHES_IN_FLIGHT = 8
-"""From one ingress replica to one model. What waits beyond them makes the next ones larger."""
-ATTEMPTS, RETRY_S = 3, 0.1
 INGRESS_CPUS = 0.1
 MODEL_CPUS = 0.8  # so that both models and their ingress have room on two cores
 START_TIMEOUT_S = 180.0
@@ -97,41 +93,6 @@ class Deployed:
             live.close()
 
 
-class Remote:
-    """A model's deployment as the ingress sees it: calls go in batches, and again where a replica dies.
-
-    Every call only reads, so that to ask twice does no harm.
-    """
-
-    def __init__(self, handle: DeploymentHandle, max_batch: int, timeout_s: float) -> None:
-        self._handle, self._timeout_s = handle, timeout_s
-        self._batcher = Batcher(self._replies, max_batch, BATCHES_IN_FLIGHT)
-
-    async def info(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = await self._try("info")
-        return found
-
-    async def call(self, method: str, body: Body) -> Reply:
-        return await self._batcher.call(method, body)
-
-    async def _replies(self, method: str, bodies: Sequence[Body]) -> list[Reply]:
-        # each call has a deadline of its own; this one is for what nobody waits for any more
-        async with asyncio.timeout(self._timeout_s):
-            found: list[Reply] = await self._try("replies", method, list(bodies))
-            return found
-
-    async def _try(self, method: str, *arguments: Any) -> Any:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return await getattr(self._handle, method).remote(*arguments)
-            except RayActorError as error:  # the replica died, with what it was asked
-                if attempt == ATTEMPTS:
-                    raise UnavailableError(str(error).splitlines()[0]) from error
-                await asyncio.sleep(RETRY_S * attempt)
-            except (BackPressureError, DeploymentUnavailableError) as error:
-                raise UnavailableError(str(error).splitlines()[0]) from error
-
-
 class Ingress:
     """The HTTP deployment; Serve asks it for its ASGI application once it stands in its process."""
 
@@ -142,8 +103,11 @@ class Ingress:
         limits: Limits,
         tokens: Sequence[Token],
         requests_per_s: float,
+        share: float,
     ) -> None:
-        self._models = {name: Remote(handle, max_batch[name], limits.timeout_s) for name, handle in models.items()}
+        self._models = {
+            name: Remote(handle, max_batch[name], limits.timeout_s, share) for name, handle in models.items()
+        }
         self._limits, self._tokens, self._requests_per_s = limits, tokens, requests_per_s
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -183,8 +147,9 @@ def in_front(
         graceful_shutdown_timeout_s=settings.timeout_s,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
     )
-    # a token may ask either replica, so each allows its part
-    return ingress.bind(models, max_batch, limits, tokens, settings.requests_per_s / settings.ingress_replicas)
+    # a call may come to any replica, so each allows its part
+    share = 1 / settings.ingress_replicas
+    return ingress.bind(models, max_batch, limits, tokens, settings.requests_per_s * share, share)
 
 
 def _deployment(kind: str, endpoint: Endpoint, ingress: config.Serve) -> serve.Application:
@@ -193,7 +158,8 @@ def _deployment(kind: str, endpoint: Endpoint, ingress: config.Serve) -> serve.A
     scaling: dict[str, Any] = {"num_replicas": own.replicas}
     if most > own.replicas:
         bounds = {"min_replicas": own.replicas, "max_replicas": most}
-        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": own.target_batches}}
+        delays = {"upscale_delay_s": own.upscale_delay_s, "downscale_delay_s": own.downscale_delay_s}
+        scaling = {"autoscaling_config": {**bounds, **delays, "target_ongoing_requests": own.target_batches}}
     return serve.deployment(
         Deployed,
         name=kind,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from lum_ray.artifacts import UserError
-from serve.types import Body, Reply
+from serve.types import Body, Reply, error_reply
 
 T = TypeVar("T")
+OVERLOADED = error_reply(503, "overloaded", "the model has enough to do; try again later")
 
 
 class _Waiting(NamedTuple):
@@ -25,24 +27,41 @@ class Batcher:
 
     There is no timer: a call that finds a place goes at once, and the busier it is, the larger the batches get.
     `run(method, bodies)` gives a reply for each body; what it raises, each call of the batch raises. `most` bounds the
-    work of a batch (`work`), but a larger call goes alone. Belongs to one event loop.
+    work of a batch (`work`), but a larger call goes alone. `room` bounds all work that waits or is under way (a call
+    counts as one batch at most); what comes beyond is sent away, so that what is taken is answered soon. Where there is
+    none, any call is taken. Belongs to one event loop.
     """
 
-    def __init__(self, run: Callable[[str, list[Body]], Awaitable[list[Reply]]], most: int, in_flight: int = 1) -> None:
-        self._run, self._most, self._free = run, most, in_flight
+    def __init__(
+        self,
+        run: Callable[[str, list[Body]], Awaitable[list[Reply]]],
+        most: int,
+        in_flight: int = 1,
+        room: float = math.inf,
+    ) -> None:
+        self.room = room
+        self._run, self._most, self._free, self._under_way = run, most, in_flight, 0
         self._waiting: deque[_Waiting] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def call(self, method: str, body: Body) -> Reply:
-        """The reply to one call. A caller that is cancelled leaves the queue, and no batch waits for it."""
+        """The reply to one call, OVERLOADED at once where there is no room. A caller that is cancelled leaves the
+        queue, and no batch waits for it."""
+        held = self._under_way + self._held(waiting for waiting in self._waiting if not waiting.reply.done())
+        if held and held + min(work(body), self._most) > self.room:
+            return OVERLOADED
         waiting = _Waiting(method, body, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._start()
         return await waiting.reply
 
+    def _held(self, calls: Iterable[_Waiting]) -> int:
+        return sum(min(work(waiting.body), self._most) for waiting in calls)
+
     def _start(self) -> None:
         while self._free and (batch := self._next()):
             self._free -= 1
+            self._under_way += self._held(batch)
             task = asyncio.get_running_loop().create_task(self._answer(batch))
             self._tasks.add(task)  # the loop itself holds a task by a weak reference only
             task.add_done_callback(self._tasks.discard)
@@ -78,6 +97,7 @@ class Batcher:
                 raise
         finally:
             self._free += 1
+            self._under_way -= self._held(batch)
             self._start()
 
 

@@ -39,6 +39,7 @@ from serve.types import (
 
 Response = TypeVar("Response", bound=BaseModel)
 AGAIN = (429, 503)
+FOREIGN = "foreign"
 FIRST_WAIT_S, MOST_WAIT_S = 0.2, 10.0
 
 
@@ -54,8 +55,8 @@ class Client:
     """Calls a server at `url`. A user is an id or a `User` (`GtsUser`). Raises ServeError, or httpx.TransportError.
 
     Every call only reads, so each is tried again, up to `retries` times and within `timeout_s` in all: after a
-    connection that failed, and after 429 and 503, as long as Retry-After says (else longer each time). The server is
-    told how long an answer is waited for.
+    connection that failed, after 429 and 503, as long as Retry-After says (else longer each time), and after what a
+    proxy says in the place of an ingress that died. The server is told how long an answer is waited for.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout_s: float = 60.0, retries: int = 4) -> None:
@@ -130,7 +131,7 @@ class Client:
             try:
                 response = send(max(0.001, end - time.monotonic()))
                 wait_s = _retry_after_s(response) or wait_s
-                if last or response.status_code not in AGAIN or time.monotonic() + wait_s >= end:
+                if last or not _may_pass(response) or time.monotonic() + wait_s >= end:
                     return response
             except httpx.TransportError:
                 if last or time.monotonic() + wait_s >= end:
@@ -151,12 +152,20 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     return float(value) if value.isdigit() else None
 
 
+def _problem(response: httpx.Response) -> Problem:
+    try:
+        return ErrorResponse.model_validate_json(response.content).error
+    except ValidationError:
+        # not ours: a proxy in front, or Serve itself while the application is away
+        return Problem(code=FOREIGN, message=response.text[:200])
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    status = response.status_code
+    return status in AGAIN or (status >= 500 and _problem(response).code == FOREIGN)
+
+
 def _read(response: httpx.Response, kind: type[Response]) -> Response:
     if response.status_code == 200:
         return kind.model_validate_json(response.content)
-    try:
-        problem = ErrorResponse.model_validate_json(response.content).error
-    except ValidationError:
-        # not ours: a proxy in front, or Serve itself while the application is away
-        problem = Problem(code="foreign", message=response.text[:200])
-    raise ServeError(response.status_code, problem, _retry_after_s(response))
+    raise ServeError(response.status_code, _problem(response), _retry_after_s(response))

@@ -29,7 +29,8 @@ class Load:
 def measure(url: str, bodies: Sequence[bytes], clients: int, seconds: float, warm_s: float, server_pid: int) -> Load:
     """`clients` ask in turn for `bodies` (POST `url`), each over one connection, its next when it has an answer.
 
-    CPU is that of `server_pid` and all below it. Raises RuntimeError for any answer that is not 200.
+    CPU is that of `server_pid` and all below it. A connection that the server closes between two requests, as HAProxy
+    does where its replicas change, is opened anew. Raises RuntimeError for any answer that is not 200.
     """
     place = urlsplit(url)
     if place.hostname not in ("127.0.0.1", "::1", "localhost"):
@@ -47,11 +48,21 @@ async def _measure(
 
     async def client(number: int) -> None:
         reader, writer = await asyncio.open_connection(host, port)
+        answered = False
         try:
             while (begin := time.perf_counter()) < end:
                 writer.write(requests[number % len(requests)])
+                try:
+                    await _answer(reader)
+                except asyncio.IncompleteReadError as error:
+                    if error.partial or not answered:
+                        raise
+                    writer.close()
+                    reader, writer = await asyncio.open_connection(host, port)
+                    answered = False
+                    continue
+                answered = True
                 number += clients
-                await _answer(reader)
                 took_s.append(time.perf_counter() - begin)
         finally:
             writer.close()

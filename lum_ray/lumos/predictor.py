@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from safetensors.torch import load as load_tensors
 
 from lum_ray import config as runs
 from lum_ray import weights
@@ -119,9 +118,15 @@ class Predictor:
         the training data end), which is the default cut. Raises UserError for a checkpoint that is
         not there, is damaged or belongs to another model.
         """
-        record = read_json(join(uri, "run.json")) if _exists(uri) else None
-        if record is None:
-            raise UserError(f"{uri}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`")
+        origin = join(uri, "run.json")
+        try:
+            record = read_json(origin)
+        except FileNotFoundError:
+            raise UserError(
+                f"{uri}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{origin}: not JSON ({error}); restore it, or train anew with --fresh") from None
         if record.get("model") != "lumos":
             raise UserError(f"{uri}: expected a LUMOS checkpoint, got one of {record.get('model')!r}")
         run = runs.read_run(record["run"], {"lumos": LumosConfig})
@@ -133,9 +138,8 @@ class Predictor:
             calendar = _calendar(join(uri.rstrip("/").rsplit("/", 2)[0], "calendar", record["calendar"]))
         stage = LumosStage(run.section, inputs, calendar, FAR_FUTURE, run.split.min_history_days)
         stage.module.load_state_dict(trained.tensors)
-        reference = {
-            name: value.numpy() for name, value in load_tensors(read_bytes(join(uri, "reference.safetensors"))).items()
-        }
+        found = weights.tensors(join(uri, "reference.safetensors"))
+        reference = {name: value.numpy() for name, value in found.items()}
         info = {
             "name": run.name, "model": "lumos", "step": trained.loop["step"],
             "checkpoint": uri.rstrip("/").rsplit("/", 1)[-1],
@@ -349,14 +353,6 @@ def _difference(baseline: Answer, scenario: Answer) -> dict[str, Any]:
         ],
         "horizons": minus(scenario.horizons, baseline.horizons),
     }
-
-
-def _exists(uri: str) -> bool:
-    try:
-        read_bytes(join(uri, "run.json"))
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _calendar(uri: str) -> pa.Table:

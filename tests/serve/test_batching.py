@@ -150,6 +150,28 @@ def test_what_waits_goes_together_by_method_and_up_to_the_bound() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "taken"),
+    [
+        ([2, 3, 2, 1], [True, False, True, False]),
+        ([9, 1, 1], [True, True, False]),
+    ],
+)
+def test_what_there_is_no_room_for_is_sent_away_at_once(sizes: list[int], taken: list[bool]) -> None:
+    async def scenario() -> None:
+        works = Works()
+        batcher = Batcher(works, most=3, room=4)
+        tasks = [asyncio.create_task(batcher.call("predict", body(str(i), users))) for i, users in enumerate(sizes)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert [task.done() for task in tasks] == [not one for one in taken]
+        works.go.set()
+        assert [reply.status for reply in await asyncio.gather(*tasks)] == [200 if one else 503 for one in taken]
+        assert (await batcher.call("predict", body("z", users=9))).status == 200
+
+    asyncio.run(scenario())
+
+
 def test_who_gives_up_is_not_waited_for() -> None:
     async def scenario() -> None:
         works = Works()

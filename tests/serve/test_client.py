@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -65,8 +66,11 @@ def test_a_server_that_is_not_there_is_a_transport_error() -> None:
 class Flaky:
     """A transport that answers with each of `outcomes` in turn: a status, or an error to raise."""
 
-    def __init__(self, *outcomes: int | Exception, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *outcomes: int | Exception, headers: dict[str, str] | None = None, body: dict[str, Any] | None = None
+    ) -> None:
         self.outcomes, self.headers, self.seen = list(outcomes), headers or {}, list[httpx.Request]()
+        self.body = body or {}
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.seen.append(request)
@@ -74,7 +78,7 @@ class Flaky:
         if isinstance(outcome, Exception):
             raise outcome
         body = {"model": {"name": "m", "checkpoint": "c", "step": 1}, "embeddings": [[1.0]]}
-        return httpx.Response(outcome, headers=self.headers, json=body if outcome == 200 else {})
+        return httpx.Response(outcome, headers=self.headers, json=body if outcome == 200 else self.body)
 
 
 def client_of(flaky: Flaky, **settings: float) -> Client:
@@ -97,6 +101,15 @@ def test_what_is_lost_or_sent_away_is_asked_again(monkeypatch: pytest.MonkeyPatc
     waits.clear()
     assert client_of(Flaky(429, 200, headers={"Retry-After": "3"})).embed(["u1"]).embeddings == [[1.0]]
     assert waits == [3.0]
+
+
+def test_of_failures_only_those_of_what_stands_in_front_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert client_of(Flaky(500, 502, 200)).embed(["u1"]).embeddings == [[1.0]]
+    ours = Flaky(500, body={"error": {"code": "internal", "message": "the server failed to answer", "field": None}})
+    with pytest.raises(ServeError, match="internal"):
+        client_of(ours).embed(["u1"])
+    assert len(ours.seen) == 1
 
 
 def test_trying_again_has_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

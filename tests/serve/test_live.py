@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import pickle
 import shutil
 import threading
 import time
@@ -197,6 +199,41 @@ def test_what_is_published_is_taken_and_what_is_damaged_is_refused(tiny: Run, tm
     with pytest.raises(UserError, match="not JSON"):
         asyncio.run(live.refresh())
     assert tell(live, user)[0] == 200
+
+
+class Bomb:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._mark,)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "loop.json", "run.json", "manifest.json", "reference.safetensors"]
+)
+def test_a_checkpoint_with_a_pickle_inside_is_refused_and_not_executed(tiny: Run, tmp_path: Path, name: str) -> None:
+    checkpoint = train(tiny)
+    copy, mark = tmp_path / "checkpoints" / Path(checkpoint).name, tmp_path / "executed"
+    shutil.copytree(checkpoint, copy)
+    shutil.copytree(Path(checkpoint).parents[1] / "calendar", tmp_path / "calendar")
+    bomb = pickle.dumps(Bomb(mark))
+    for path in copy.rglob(name):
+        path.write_bytes(bomb)
+    for manifest in copy.glob("*/manifest.json") if name != "manifest.json" else ():
+        # whoever can change the file can change its digest too
+        plain = json.loads(manifest.read_text())
+        for step in plain["steps"]:
+            if name in step["files"]:
+                step["files"][name] = {"size": len(bomb), "sha256": hashlib.sha256(bomb).hexdigest()}
+        manifest.write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=r"not what it should be|not JSON|not safetensors"):
+        Live(Loader("lumos"), Target(str(copy), publish(tiny)))
+    assert not mark.exists()
+    pickle.loads(bomb)
+    assert mark.exists()  # so it would have been seen
 
 
 def test_requests_in_flight_keep_the_old_model(tmp_path: Path) -> None:
