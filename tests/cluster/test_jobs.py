@@ -18,7 +18,7 @@ from jobs import submit
 from lum_ray import catalog, config, presets
 from lum_ray.artifacts import UserError
 from lum_ray.weights import steps
-from tests.cluster.conftest import Head
+from tests.cluster.nodes import Head
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]  # a job takes 18 s to start
 WAIT_S = 120.0
