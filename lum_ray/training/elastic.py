@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingDecision
 
 
-class Room(ElasticScalingPolicy):
+class Room(ElasticScalingPolicy):  # type: ignore[misc]
     """As many workers as there is room for."""
 
     _own = 0
@@ -29,10 +29,10 @@ class Room(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         free = super()._count_possible_workers(available_resources_per_node())
-        return min(super()._count_possible_workers(reserved_resources), self._own + free)
+        return min(int(super()._count_possible_workers(reserved_resources)), self._own + int(free))
 
 
-class ElasticTrainer(TorchTrainer):
+class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
     """A TorchTrainer for a `num_workers` of (least, most)."""
 
     def _initialize_and_run_controller(self, **controller: Any) -> Result:

@@ -73,12 +73,12 @@ def fit(
             return {"stopped": str(error)}
 
     place = storage(storage_path) if storage_path else None
-    if min_workers is None:
-        trainer_of = TorchTrainer
-    else:
-        from lum_ray.training.elastic import ElasticTrainer as trainer_of  # on parts of Ray that are not public
+    trainer_class = TorchTrainer
+    if min_workers is not None:
+        from lum_ray.training import elastic  # on parts of Ray that are not public: only who needs it
 
-    trainer = trainer_of(
+        trainer_class = elastic.ElasticTrainer
+    trainer = trainer_class(
         loop_per_worker,
         torch_config=TorchConfig("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=peers_timeout_s),
         scaling_config=ray.train.ScalingConfig(
