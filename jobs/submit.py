@@ -41,6 +41,7 @@ STOP_WAIT_S = 120
 RECONNECT_S = 300.0
 """How long the cluster may be out of reach before following ends."""
 POLL_S = 1.0
+DRIVER_CPUS = 1
 
 Say = Callable[[str], None]
 
@@ -131,8 +132,14 @@ def submit(
             client.submit_job(
                 entrypoint=shlex.join(["python", "-m", f"jobs.{job.step}", "run.yaml", *job.options]),
                 submission_id=submission_id,
-                runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
-                entrypoint_num_cpus=1,
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": {
+                        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+                        "LUM_RAY_DRIVER_CPUS": str(DRIVER_CPUS),  # for lum_ray.training.fit
+                    },
+                },
+                entrypoint_num_cpus=DRIVER_CPUS,
                 entrypoint_num_gpus=wanted.driver_gpus or None,
             )
         except RuntimeError as error:

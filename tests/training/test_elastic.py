@@ -30,6 +30,7 @@ def cluster() -> Iterator[Cluster]:
         ray.shutdown()
     before = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_health_check_period_ms": "1000"}
+    os.environ["LUM_RAY_DRIVER_CPUS"] = "1"
     made = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(address=made.address, log_to_driver=False)
     driver = placement_group([{"CPU": 1}])
