@@ -111,6 +111,7 @@ def test_both_models_from_raw_tables_to_answers_while_nodes_die(world: World, to
         if name == "lumos_tiny":
             with told(f"{name}: train, and lose a node"):
                 checkpoint = train_and_lose_a_node(world, name)
+                world.join(1)
         else:
             with told(f"{name}: train"):
                 checkpoint = finish(submit(world, name, "train"))[0]
