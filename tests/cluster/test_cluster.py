@@ -232,7 +232,7 @@ def deploy(world: World, made: Mapping[str, Mapping[str, str]], file: Path) -> s
         args = application["args"]
         args |= {"checkpoint": made[name]["checkpoint"], "state": made[name]["state"]}
         args["pointer"] = pointer(world.root, name)
-        args["serve"]["replicas"] = 2
+        args["serve"] |= {"replicas": 2, "max_replicas": 2}
         application["route_prefix"] = prefix
         # spread, so that a machine may go, as in cluster/rayservice-*.yaml
         application["deployments"] = [
