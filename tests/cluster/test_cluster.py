@@ -173,13 +173,16 @@ def train_and_lose_a_node(world: World, name: str) -> str:
         assert job.poll() is None, finish(job)
         return saved(world.root, name) >= step
 
-    wait_for(lambda: went_to(KILL_AT), "a checkpoint")
-    assert trainers(world.head) == sorted([stays.id, dies.id])
-    dies.kill()
-    at = saved(world.root, name)
-    wait_for(lambda: went_to(at + 10), "steps of the worker that is left")
-    assert trainers(world.head) == [stays.id]
-    uri, _ = finish(job)
+    try:
+        wait_for(lambda: went_to(KILL_AT), "a checkpoint")
+        assert trainers(world.head) == sorted([stays.id, dies.id])
+        dies.kill()
+        at = saved(world.root, name)
+        wait_for(lambda: went_to(at + 10), "steps of the worker that is left")
+        assert trainers(world.head) == [stays.id]
+        uri, _ = finish(job)
+    finally:
+        job.kill()
     assert saved(world.root, name) == STEPS
     return uri
 
