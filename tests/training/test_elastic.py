@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.placement_group import placement_group
 
 from lum_ray.training import fit as module
 from lum_ray.training.fit import fit
@@ -25,18 +24,15 @@ STEPS = 160
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head, whose CPU the driver holds as that of a submitted job does, and two nodes of one CPU."""
+    """A head for the driver, without room for a worker, and two nodes of one CPU."""
     if ray.is_initialized():
         ray.shutdown()
     before = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_health_check_period_ms": "1000"}
-    os.environ["LUM_RAY_DRIVER_CPUS"] = "1"
-    made = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(address=made.address, log_to_driver=False)
-    driver = placement_group([{"CPU": 1}])
-    assert driver.wait(30)
+    made = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         made.add_node(num_cpus=1)
+    ray.init(address=made.address, log_to_driver=False)
     yield made
     ray.shutdown()
     made.shutdown()
