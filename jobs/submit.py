@@ -69,13 +69,15 @@ class Outcome:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """The cluster's job server at `address` (`http://host:8265`), with RAY_AUTH_TOKEN as bearer token if it is set.
+    """The cluster's job server at `address` (`http://host:8265`), with RAY_AUTH_TOKEN as bearer token if it is set, else
+    with the one that `ray start` has left in the home directory, if any.
 
     Raises UserError where nothing answers or the token is refused.
     """
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-    token = os.environ.get("RAY_AUTH_TOKEN")
+    left = Path.home() / ".ray/auth_token"
+    token = os.environ.get("RAY_AUTH_TOKEN") or (left.read_text().strip() if left.is_file() else None)
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except (ConnectionError, requests.RequestException) as error:
@@ -84,7 +86,8 @@ def connect(address: str) -> JobSubmissionClient:
             "kubectl port-forward service/<cluster>-head-svc 8265"
         ) from None
     except AuthenticationError as error:
-        got = "the one in RAY_AUTH_TOKEN was refused" if token else "RAY_AUTH_TOKEN is not set"
+        named = "RAY_AUTH_TOKEN" if "RAY_AUTH_TOKEN" in os.environ else str(left)
+        got = f"the one in {named} was refused" if token else "RAY_AUTH_TOKEN is not set"
         raise UserError(f"--address {address}: the cluster wants a token, and {got}") from error
 
 

@@ -33,11 +33,11 @@ from serve.client import Client
 from tests.cluster.nodes import ROOT, Head, Node, free_ports, start_head, start_worker
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
-STEPS, KILL_AT = 200, 40
+STEPS, KILL_AT = 80, 10
 SETTINGS = {
     "lumos_tiny": [
-        f"train.steps={STEPS}", "train.batch=256", "train.micro_batch=128", "train.validate_every=100",
-        "train.checkpoint_every=5",
+        f"train.steps={STEPS}", "train.batch=256", "train.micro_batch=128", "train.validate_every=40",
+        "train.checkpoint_every=5", "train.learning_rate=0.0001",
     ],
     "gts_tiny": [],
 }  # fmt: skip
