@@ -69,8 +69,8 @@ class Outcome:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """The cluster's job server at `address` (`http://host:8265`), with RAY_AUTH_TOKEN as bearer token if it is set, else
-    with the one that `ray start` has left in the home directory, if any.
+    """The cluster's job server at `address` (`http://host:8265`), with RAY_AUTH_TOKEN as bearer token if it is set,
+    else with the one that `ray start` has left in the home directory, if any.
 
     Raises UserError where nothing answers or the token is refused.
     """
