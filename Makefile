@@ -8,7 +8,7 @@ RUNS ?= runs
 MINUTES ?= 30
 SCHEMAS ?= ../shared/schemas/kuberay
 
-.PHONY: demo test test-faults check check-manifests bench tune clean env peers
+.PHONY: demo test test-faults cluster-test check check-manifests bench tune clean env peers
 
 env: $(VENV)/.installed
 
@@ -39,10 +39,14 @@ demo: env
 	$(BIN)/lum-ray demo --root $(RUNS)
 
 test: env
-	$(BIN)/python -m pytest -m 'not faults'
+	$(BIN)/python -m pytest -m 'not faults and not cluster'
 
 test-faults: env
 	$(BIN)/python -m pytest -m faults --timeout=2700
+
+# Three Ray nodes and an S3 server on this machine; at most 25 minutes on two cores.
+cluster-test: env
+	$(BIN)/python -m pytest -m cluster -s tests/cluster/test_cluster.py
 
 check: env
 	$(BIN)/ruff check .

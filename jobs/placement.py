@@ -46,12 +46,14 @@ class Needs:
 def needs(run: Run, step: str, gpus: bool) -> Needs:
     """What `step` holds at once at its peak; `gpus`: whether training and evaluation compute on GPUs.
 
-    One worker trains in the driver itself. Ray Data's tasks need a CPU beside the driver's.
+    One worker trains in the driver itself. Ray Data's tasks need a CPU beside the driver's. With `min_workers` a
+    training begins with these, as it goes on with them after a loss.
     """
     tasks = 1 if run.data.engine == "ray" else 0
     workers = run.train.workers
     if step == "train" and workers > 1:
-        return Needs(cards=workers) if gpus else Needs(plain=max(workers, tasks))
+        least = run.train.min_workers or workers
+        return Needs(cards=least) if gpus else Needs(plain=max(least, tasks))
     if step == "tune":
         return Needs(cards=workers) if gpus else Needs(plain=workers)
     driver_gpus = int(gpus and step in ("train", "evaluate", "audit"))

@@ -41,6 +41,7 @@ STOP_WAIT_S = 120
 RECONNECT_S = 300.0
 """How long the cluster may be out of reach before following ends."""
 POLL_S = 1.0
+DRIVER_CPUS = 1
 
 Say = Callable[[str], None]
 
@@ -68,13 +69,15 @@ class Outcome:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """The cluster's job server at `address` (`http://host:8265`), with RAY_AUTH_TOKEN as bearer token if it is set.
+    """The cluster's job server at `address` (`http://host:8265`), with RAY_AUTH_TOKEN as bearer token if it is set,
+    else with the one that `ray start` has left in the home directory, if any.
 
     Raises UserError where nothing answers or the token is refused.
     """
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-    token = os.environ.get("RAY_AUTH_TOKEN")
+    left = Path.home() / ".ray/auth_token"
+    token = os.environ.get("RAY_AUTH_TOKEN") or (left.read_text().strip() if left.is_file() else None)
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
     except (ConnectionError, requests.RequestException) as error:
@@ -83,7 +86,8 @@ def connect(address: str) -> JobSubmissionClient:
             "kubectl port-forward service/<cluster>-head-svc 8265"
         ) from None
     except AuthenticationError as error:
-        got = "the one in RAY_AUTH_TOKEN was refused" if token else "RAY_AUTH_TOKEN is not set"
+        named = "RAY_AUTH_TOKEN" if "RAY_AUTH_TOKEN" in os.environ else str(left)
+        got = f"the one in {named} was refused" if token else "RAY_AUTH_TOKEN is not set"
         raise UserError(f"--address {address}: the cluster wants a token, and {got}") from error
 
 
@@ -131,8 +135,14 @@ def submit(
             client.submit_job(
                 entrypoint=shlex.join(["python", "-m", f"jobs.{job.step}", "run.yaml", *job.options]),
                 submission_id=submission_id,
-                runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
-                entrypoint_num_cpus=1,
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": {
+                        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+                        "LUM_RAY_DRIVER_CPUS": str(DRIVER_CPUS),  # for lum_ray.training.fit
+                    },
+                },
+                entrypoint_num_cpus=DRIVER_CPUS,
                 entrypoint_num_gpus=wanted.driver_gpus or None,
             )
         except RuntimeError as error:

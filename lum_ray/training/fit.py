@@ -6,6 +6,7 @@ own checkpoint is the truth: a restarted group enters the same loop, which goes 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -91,7 +92,8 @@ def fit(
         ),
     )
     try:
-        outcome = trainer.fit().return_value
+        with _beside_the_driver() if min_workers is not None and not gpus else contextlib.nullcontext():
+            outcome = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             # Ray hands the worker's exception on inside one of its own, in an attribute.
@@ -118,6 +120,25 @@ def _alone(make_loop: MakeLoop, gpus: bool, name: str, watch: Watch | None) -> d
     )
     result: dict[str, Any] = trainer.fit().return_value
     return result
+
+
+def _beside_the_driver() -> contextlib.AbstractContextManager[None]:
+    """Within the block Ray Train knows that the CPUs of a submitted job's driver are no room for workers.
+
+    Of machines it counts all CPUs, whoever holds them, and without this would ask again and again for one worker too
+    many after a loss. GPUs are left alone: a driver beside several workers holds none.
+    """
+    cpus = int(os.environ.get("LUM_RAY_DRIVER_CPUS", "0"))  # `lum-ray submit` sets it
+    if not cpus:
+        return contextlib.nullcontext()
+    # not public: only a run that needs it depends on it
+    from ray.train._internal.autoscaling_coordinator_client import TrainV1ResourceReservation
+
+    scaling = ray.train.ScalingConfig(num_workers=cpus, resources_per_worker={"CPU": 1})
+    reservation: contextlib.AbstractContextManager[None] = TrainV1ResourceReservation(
+        f"driver-{uuid.uuid4().hex[:8]}", scaling, cpus
+    )
+    return reservation
 
 
 def _quiet() -> None:

@@ -16,7 +16,7 @@ from ray import serve
 from lum_ray.config import Train
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Worker, train_loop
-from tests.cluster.conftest import free_ports
+from tests.cluster.nodes import free_ports
 from tests.training.toy import ToyLoader, ToyStage
 
 

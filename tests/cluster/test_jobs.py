@@ -18,7 +18,7 @@ from jobs import submit
 from lum_ray import catalog, config, presets
 from lum_ray.artifacts import UserError
 from lum_ray.weights import steps
-from tests.cluster.conftest import Head
+from tests.cluster.nodes import Head
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]  # a job takes 18 s to start
 WAIT_S = 120.0
@@ -103,6 +103,7 @@ def test_what_can_never_be_placed_is_refused_before_anything_is_submitted(
 
 def test_a_token_that_is_missing_or_wrong_is_said(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("HOME", "/nowhere")
     with pytest.raises(UserError, match="the cluster wants a token, and RAY_AUTH_TOKEN is not set"):
         submit.connect(head.address)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 48)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.cluster.conftest import Head
+from tests.cluster.nodes import Head
 
 ROOT = Path(__file__).parents[2]
 NAME = re.compile(r"\bray_(?!io_)[a-z0-9_]+")

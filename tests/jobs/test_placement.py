@@ -23,6 +23,7 @@ def tiny(*assignments: str) -> config.Run:
         ("train", [], True, Needs(driver_gpus=1)),  # one worker trains in the driver
         ("train", ["train.workers=4"], True, Needs(cards=4)),
         ("train", ["train.workers=4"], False, Needs(plain=4)),
+        ("train", ["train.workers=4", "train.min_workers=2"], False, Needs(plain=2)),
         ("prepare", ["train.workers=4", "data.engine=ray"], True, Needs(plain=1)),
         ("evaluate", ["train.workers=4"], True, Needs(driver_gpus=1)),
         ("tune", ["train.workers=2"], True, Needs(cards=2)),
