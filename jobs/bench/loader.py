@@ -14,6 +14,10 @@ new loader, so that every byte comes from the file. Rows (bars in BARS):
 - loader/thread/tokens_per_s: ours by the processor's time, which other work on the machine does not change.
 - loader/s3/tokens_per_s: ours from a local S3 server, beside Ray Data from it.
 - loader/lumos/tokens_per_s: ours with all that a LUMOS batch holds (calendar, targets, static attributes).
+
+Of .34 CPU seconds for 20,000 windows (.45 before a step was one selection of rows kept in memory): parquet .10, lists
+to arrays .10, the dense windows .05, selecting .03, draws and order .05. An epoch of 375 MB of dense windows cannot be
+written much under .04, so what would help most is fewer columns to decode, which the layout (a list a behaviour) sets.
 """
 
 from __future__ import annotations
