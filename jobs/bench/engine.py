@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours, theirs = compare_engines(contest, engine, blocks)
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         met = spread(ratios)[0] >= BARS["deepspeed"]
-        row("deepspeed", "tokens_per_s", ours, met, "torch loop", ratios)
+        row("deepspeed", "tokens_per_s", ours, "torch loop", ratios, met)
         streamed, held, waits = compare_loader(contest, engine, blocks)
         ratios = [a / b for a, b in zip(streamed, held, strict=True)]
         row(
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine.close()
     if not options.quick:
         wasted = fit_waste(3)
-        row("fit_waste", "s", wasted, spread(wasted)[0] <= BARS["fit_waste"], None, ())
+        row("fit_waste", "s", wasted, None, (), spread(wasted)[0] <= BARS["fit_waste"])
     if missed:
         note(f"missed: {', '.join(f'{name} (bar {BARS[name]:g})' for name in missed)}")
     return 0 if options.quick else int(bool(missed))
