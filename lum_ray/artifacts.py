@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "Artifact",
     "Storage",
     "UserError",
+    "checkpoint_record",
     "commit",
     "commit_folder",
     "digest",
@@ -119,6 +120,29 @@ def read_bytes(uri: str) -> bytes:
 
 def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
+
+
+def checkpoint_record(uri: str, models: Sequence[str], needed: Sequence[str] = ()) -> dict[str, Any]:
+    """run.json of the checkpoint at `uri`, of one of `models`: what they need beside the weights, by name (`needed`).
+
+    Raises UserError where there is none, it is damaged, lacks something, or is another model's.
+    """
+    place = join(uri, "run.json")
+    try:
+        found = read_json(place)
+    except FileNotFoundError:
+        raise UserError(
+            f"{uri}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}); restore it, or train anew with --fresh") from None
+    record: dict[str, Any] = found if isinstance(found, dict) else {}
+    if record.get("model") not in models:
+        raise UserError(f"{uri}: expected a checkpoint of {' or '.join(models)}, got one of {record.get('model')!r}")
+    lacking = [name for name in needed if name not in record]
+    if lacking:
+        raise UserError(f"{place}: expected {', '.join(needed)}; {', '.join(lacking)} missing; train anew with --fresh")
+    return record
 
 
 def write_bytes(uri: str, content: bytes) -> None:

@@ -23,7 +23,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from lum_ray import config
-from lum_ray.artifacts import UserError, join, open_artifact, read_json
+from lum_ray.artifacts import UserError, checkpoint_record, open_artifact
 from lum_ray.run_data import STRICT
 from serve.access import Token, check_exposure, read_tokens
 from serve.batching import Batcher
@@ -175,18 +175,7 @@ def _deployment(kind: str, endpoint: Endpoint, ingress: config.Serve) -> serve.A
 
 def kind_of(checkpoint: str) -> str:
     """`lumos` or `gts`. Raises UserError where there is no checkpoint of either."""
-    place = join(checkpoint, "run.json")
-    try:
-        kind = str(read_json(place).get("model"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{checkpoint}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`"
-        ) from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{place}: damaged ({error}); restore it, or train anew with --fresh") from None
-    if kind not in KINDS:
-        raise UserError(f"{place}: expected a model of {' or '.join(KINDS)}, got {kind!r}")
-    return kind
+    return str(checkpoint_record(checkpoint, KINDS)["model"])
 
 
 def lumos(args: dict[str, Any]) -> serve.Application:

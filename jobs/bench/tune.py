@@ -11,6 +11,7 @@ report). Exit code 1 if more shapes were prepared than there are.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -90,10 +91,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of training a trial, about")
     options = parser.parse_args()
     fine = True
-    if options.only != "efficiency":
-        fine = shapes(options.quick)
-    if options.only != "shapes":
-        efficiency(options.quick, 5.0 if options.quick else options.seconds)
+    # elsewhere: a search that runs in the repository is entered into its tuning/LOG.md
+    with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
+        if options.only != "efficiency":
+            fine = shapes(options.quick)
+        if options.only != "shapes":
+            efficiency(options.quick, 5.0 if options.quick else options.seconds)
     return 0 if fine else 1
 
 

@@ -8,7 +8,6 @@ Legend: R requests, N items, K places of a list, O output width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +22,7 @@ from safetensors.numpy import load as load_arrays
 
 from lum_ray import config as runs
 from lum_ray import weights
-from lum_ray.artifacts import UserError, find, join, read_bytes
+from lum_ray.artifacts import UserError, checkpoint_record, find, join, read_bytes
 from lum_ray.data.items import Catalogue
 from lum_ray.data.rows import hash_strings
 from lum_ray.gts.config import GtsConfig, GtsInputs
@@ -291,23 +290,7 @@ class Predictor:
 
 def record_of(uri: str) -> tuple[dict[str, Any], runs.Run]:
     """run.json of the checkpoint at `uri`, and the run in it. Raises UserError for none, or another model's."""
-    place = join(uri, "run.json")
-    try:
-        record = json.loads(read_bytes(place))
-    except FileNotFoundError:
-        raise UserError(
-            f"{uri}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); restore it, or train anew with --fresh") from None
-    if not isinstance(record, dict) or record.get("model") != "gts":
-        model = record.get("model") if isinstance(record, dict) else None
-        raise UserError(f"{uri}: expected a checkpoint of GTS-LUM, got one of {model!r}")
-    lacking = [name for name in RECORDED if name not in record]
-    if lacking:
-        raise UserError(
-            f"{place}: expected {', '.join(RECORDED)}, {', '.join(lacking)} missing; train anew with --fresh"
-        )
+    record = checkpoint_record(uri, ("gts",), RECORDED)
     return record, runs.read_run(record["run"], {"gts": GtsConfig})
 
 

@@ -18,7 +18,7 @@ import torch
 
 from lum_ray import config as runs
 from lum_ray import weights
-from lum_ray.artifacts import UserError, join, open_artifact, read_bytes, read_json
+from lum_ray.artifacts import UserError, checkpoint_record, join, open_artifact, read_bytes
 from lum_ray.data.rows import Rows, Samples
 from lum_ray.lumos.collate import Calendar
 from lum_ray.lumos.config import Inputs, LumosConfig
@@ -31,6 +31,7 @@ from lum_ray.stage import to_device
 __all__ = ["FAR_FUTURE", "Answer", "Nearness", "Predictor", "Request", "WhatIf"]
 
 FUNCTIONALS = ("p", "mean", "median", "least_mape", "low", "high")
+RECORDED = ("run", "inputs", "calendar", "start_day", "end_day", "event_columns")
 Values = dict[str, float]
 
 
@@ -118,23 +119,13 @@ class Predictor:
         the training data end), which is the default cut. Raises UserError for a checkpoint that is
         not there, is damaged or belongs to another model.
         """
-        origin = join(uri, "run.json")
-        try:
-            record = read_json(origin)
-        except FileNotFoundError:
-            raise UserError(
-                f"{uri}: expected a checkpoint, found no run.json; train one with `lum-ray train RUN`"
-            ) from None
-        except ValueError as error:
-            raise UserError(f"{origin}: not JSON ({error}); restore it, or train anew with --fresh") from None
-        if record.get("model") != "lumos":
-            raise UserError(f"{uri}: expected a LUMOS checkpoint, got one of {record.get('model')!r}")
+        record = checkpoint_record(uri, ("lumos",), RECORDED)
         run = runs.read_run(record["run"], {"lumos": LumosConfig})
         inputs = Inputs.from_json(record["inputs"])
         known_until = int(record["end_day"] if end_day is None else end_day)
         trained = weights.load(uri)
         calendar = None
-        if record.get("calendar"):
+        if record["calendar"]:
             calendar = _calendar(join(uri.rstrip("/").rsplit("/", 2)[0], "calendar", record["calendar"]))
         stage = LumosStage(run.section, inputs, calendar, FAR_FUTURE, run.split.min_history_days)
         stage.module.load_state_dict(trained.tensors)

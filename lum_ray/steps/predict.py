@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lum_ray import catalog, config, weights
-from lum_ray.artifacts import Artifact, UserError, commit, digest, find, join, read_json, write_table
+from lum_ray.artifacts import Artifact, UserError, checkpoint_record, commit, digest, find, join, write_table
 from lum_ray.config import Run
 from lum_ray.data.loader import evaluation_batches
 from lum_ray.data.reader import Timelines
@@ -143,12 +143,7 @@ def trained_stage(run: Run, prepared: Prepared, checkpoint: str, until_day: int)
 
     Raises UserError where the run's behaviours are not those that the checkpoint was trained on.
     """
-    try:
-        record = read_json(join(checkpoint, "run.json"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{checkpoint}: expected a checkpoint, found no run.json; train one with `lum-ray train`"
-        ) from None
+    record = checkpoint_record(checkpoint, ("lumos",), ("run", "inputs"))
     trained = catalog.read_run(record["run"])
     if trained.data.behaviours != run.data.behaviours:
         raise UserError(

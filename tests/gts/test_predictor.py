@@ -270,7 +270,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(tiny_gts: Run, tmp_path: Pa
         (place / "run.json").write_text(json.dumps(record | changes))
         return str(place)
 
-    with pytest.raises(UserError, match="expected a checkpoint of GTS-LUM, got one of 'lumos'"):
+    with pytest.raises(UserError, match="expected a checkpoint of gts, got one of 'lumos'"):
         Predictor.load(with_record(model="lumos"))
     with pytest.raises(UserError, match="its LLM random has other weights than in training"):
         Predictor.load(with_record(llm={**record["llm"], "digest": "0"}))

@@ -231,7 +231,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny: Run, tmp_path: Path) -
         Predictor.load(str(copy))
     record = (copy / "run.json").read_text().replace('"model": "lumos"', '"model": "gts"', 1)
     (copy / "run.json").write_text(record)
-    with pytest.raises(UserError, match="expected a LUMOS checkpoint, got one of 'gts'"):
+    with pytest.raises(UserError, match="expected a checkpoint of lumos, got one of 'gts'"):
         Predictor.load(str(copy))
 
 

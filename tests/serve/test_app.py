@@ -57,7 +57,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run\.json"):
         build([Endpoint(str(tmp_path / "nothing"))])
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: damaged"):
+    with pytest.raises(UserError, match=r"run\.json: not JSON"):
         build([Endpoint(str(tmp_path))])
 
 
