@@ -46,7 +46,7 @@ test-faults: env
 
 # Three Ray nodes and an S3 server on this machine; at most 25 minutes on two cores.
 cluster-test: env
-	$(BIN)/python -m pytest -m cluster -s tests/cluster/test_cluster.py
+	$(BIN)/python -m pytest -m cluster -s -o faulthandler_timeout=0 tests/cluster/test_cluster.py
 
 check: env
 	$(BIN)/ruff check .

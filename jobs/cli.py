@@ -1,12 +1,13 @@
 """The `lum-ray` command: the steps of a run, one sub-command each.
 
 The last line on stdout is the URI of what was made; everything else that is said goes to stderr. Exit codes: 0 done,
-1 the user can mend it, 2 wrong usage; 130 after Ctrl-C.
+1 the user can mend it, 2 wrong usage; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -38,6 +39,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="o
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="URI", help="an earlier checkpoint, instead of training on the newest data")
 ]
+STOPPED = "stopped; the same command goes on from the last checkpoint"
 
 
 def main() -> None:
@@ -49,8 +51,12 @@ def main() -> None:
         console.print(f"[bold red]error[/] {plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint")
+        console.print(STOPPED)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGTERM:
+            console.print(STOPPED)
+        raise
 
 
 def load(run: str, root: str | None, assignments: list[str] | None) -> config.Run:

@@ -16,4 +16,6 @@ def optimise(haproxy: bool = False) -> None:
     there = sys.platform == "linux"  # Ray brings HAProxy for Linux only
     haproxy = os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", str(int(haproxy and there))) == "1"
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    # Ray's C++ part else reports on stderr how Serve's actors end, of which no user can make anything
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", str(int(haproxy)))

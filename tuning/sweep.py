@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -166,7 +167,10 @@ def _run(
                 failure_config=ray_tune.FailureConfig(max_failures=MAX_CRASHES),
             ),
         )
-        crashes = list(tuner.fit().errors)
+        try:
+            crashes = list(tuner.fit().errors)
+        except SystemExit as stop:  # of SIGTERM; out of Ray's own waiting it comes with code 1
+            raise SystemExit(128 + signal.SIGTERM) from stop
     ray.kill(shapes)
     return crashes
 
