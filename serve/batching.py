@@ -27,9 +27,9 @@ class Batcher:
 
     There is no timer: a call that finds a place goes at once, and the busier it is, the larger the batches get.
     `run(method, bodies)` gives a reply for each body; what it raises, each call of the batch raises. `most` bounds the
-    work of a batch (`work`), but a larger call goes alone. `room` bounds all work that waits or is under way (a call
-    counts as one batch at most); what comes beyond is sent away, so that what is taken is answered soon. Where there is
-    none, any call is taken. Belongs to one event loop.
+    work of a batch (`work`), but a larger call goes alone. A call is sent away where what waits or is
+    under way (a call counts as one batch at most) has reached `room`, so that what is taken is answered soon; below it
+    any call is taken, so that small ones do not shut out a large one. Belongs to one event loop.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Batcher:
         """The reply to one call, OVERLOADED at once where there is no room. A caller that is cancelled leaves the
         queue, and no batch waits for it."""
         held = self._under_way + self._held(waiting for waiting in self._waiting if not waiting.reply.done())
-        if held and held + min(work(body), self._most) > self.room:
+        if held >= self.room:
             return OVERLOADED
         waiting = _Waiting(method, body, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
