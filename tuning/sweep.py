@@ -81,11 +81,11 @@ def tune(run: Run, log: Log = silent, budget_s: float | None = None) -> str:
     over = sum(record.state != "unfinished" for record in before)
     if before:
         log(f"{over} of {run.tune.trials} trials are over, {len(before) - over} go on")
-    if over < run.tune.trials or over < len(before):
+    deadline = began_at + budget_s if budget_s is not None else float("inf")
+    row = rows(metric, mode, run.tune.trials, before, log)
+    search = Search(run, space, ledger, metric, mode, run.tune.trials, deadline, row)
+    if not search.over():
         log(f"searching {', '.join(space.distributions)} by {metric}: {parallel} trials at once, each with {resources}")
-        deadline = began_at + budget_s if budget_s is not None else float("inf")
-        row = rows(metric, mode, run.tune.trials, before, log)
-        search = Search(run, space, ledger, metric, mode, run.tune.trials, deadline, row)
         scheduler = _scheduler(run, base, space, metric, mode, before)
         crashes = _run(search, scheduler, base, ledger, metric, deadline, parallel, resources)
         for crash in crashes[:5]:
@@ -99,7 +99,10 @@ def tune(run: Run, log: Log = silent, budget_s: float | None = None) -> str:
             raise UserError("all trials failed:\n" + "\n".join(messages[:5]))
         log("no trial has finished yet; the same command goes on, with more --budget")
         return uri
-    conclude(run, given, space, metric, mode, uri, records, log)
+    whole = search.over()
+    if whole and len(records) < run.tune.trials:
+        log(f"the space {space.name} holds {len(records)} trials, and all are over")
+    conclude(run, given, space, metric, mode, uri, records, whole, log)
     return uri
 
 

@@ -37,8 +37,10 @@ def test_the_run_as_it_is_comes_first_and_a_finite_space_ends(tmp_path: Path) ->
     for number in range(6):
         found = one.suggest(str(number))
         assert isinstance(found, dict)
+        assert not one.over()
         keys.append(found["key"])
         finish(one, str(number), found, number / 10)
+    assert one.over() and search(tmp_path, trials=50)[0].over()
     assert keys[0] == key_of(RUN)
     assert len(set(keys)) == 6, "a trial came twice"
     assert one.suggest("6") == Searcher.FINISHED
@@ -77,6 +79,7 @@ def test_what_did_not_end_is_still_to_be_done(tmp_path: Path) -> None:
     one.on_trial_complete("b", error=True)  # crashed too often
     assert [record.message for record in ended] == ["crashed too often"]
     assert [record.state for record in Ledger(str(tmp_path)).records()] == ["unfinished"] * 2
+    assert not one.over()
 
 
 def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
@@ -108,6 +111,7 @@ def test_optuna_learns_from_the_ledger(tmp_path: Path) -> None:
         rate = one.known[suggestion["key"]].values.get("train.learning_rate", RUN.train.learning_rate)
         rates.append(abs(math.log10(rate) + 2.5))
         finish(one, str(number), suggestion, -rates[-1])
+        assert one.over() == (number == 23)
     assert sum(rates[12:]) < 0.7 * sum(rates[:12])
 
 

@@ -91,7 +91,7 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "LOG.md").write_text("# Tuning log\n\nNewest first.\n\n## 2020-01-01: old\n\nx\n")
     small = ["data.source.options.users=60"]
-    arguments = command("gts_tiny", root, space, 4, *(part for one in small for part in ("--set", one)))
+    arguments = command("gts_tiny", root, space, 12, *(part for one in small for part in ("--set", one)))
     process = start(arguments, tmp_path)
     try:
         wait_for(process, lambda: list(root.glob("tune/*/trials/*/manifest.json")))
@@ -105,7 +105,8 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     out, errors = again.communicate(timeout=TIMEOUT_S)
     assert again.returncode == 0, errors
     assert out.strip() == str(uri)
-    assert f"{len(before)} of 4 trials are over" in errors
+    assert f"{len(before)} of 12 trials are over" in errors
+    assert "the space space holds 4 trials, and all are over" in errors
     for file, state in before.items():
         assert (file.stat().st_mtime_ns, file.read_text()) == state, "a finished trial ran again"
     records = Ledger(str(uri)).records()
