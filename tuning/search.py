@@ -172,11 +172,7 @@ def params_of(run: Run, space: Space, values: Mapping[str, Any]) -> dict[str, An
     """All searched settings of a trial, or None where one lies outside the space."""
     base = space.base(run)
     params = {path: values.get(path, value_of(base, path)) for path in space.distributions}
-    fits = [
-        params[path] in item.values if item.form == "choice" else item.low <= params[path] <= item.high
-        for path, item in space.distributions.items()
-    ]
-    return params if all(fits) else None
+    return params if all(item.holds(params[path]) for path, item in space.distributions.items()) else None
 
 
 def study_of(run: Run, space: Space, records: list[Record], mode: str, seed: int = 0) -> optuna.Study:

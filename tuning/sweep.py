@@ -101,7 +101,7 @@ def tune(run: Run, log: Log = silent, budget_s: float | None = None) -> str:
         return uri
     whole = search.over()
     if whole and len(records) < run.tune.trials:
-        log(f"the space {space.name} holds {len(records)} trials, and all are over")
+        log(f"all combinations of {space.name} are tried: {len(records)} trials")
     conclude(run, given, space, metric, mode, uri, records, whole, log)
     return uri
 

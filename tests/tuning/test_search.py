@@ -7,12 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pytest
 from ray.tune.search import Searcher
 
 from lum_ray import presets
 from tuning.ledger import Ledger, Record, key_of
+from tuning.pictures import Trials, heat_map
+from tuning.report import _importance
 from tuning.search import Pruner, Search
-from tuning.spaces import Distribution, Space, choice
+from tuning.spaces import Distribution, Space, choice, value_of
 
 RUN = presets.gts_tiny()
 METRIC = "eval/ndcg_10"
@@ -97,6 +101,27 @@ def test_values_that_do_not_go_together_are_never_tried(tmp_path: Path) -> None:
         found.append(suggestion["key"])
         finish(one, str(len(found) - 1), suggestion, 0.1)
     assert len(found) == 3  # 16 and 2, 18 and 2, 18 and 3
+
+
+@pytest.mark.parametrize(
+    "values", [Distribution("int", low=1, high=2), choice(None, 1, 2)], ids=["outside the space", "in the space"]
+)
+def test_a_setting_may_be_null(tmp_path: Path, values: Distribution) -> None:
+    assert RUN.section.keep_layers is None
+    space = Space("null", {"gts.keep_layers": values, "gts.depth": choice(1, 2)})
+    one, _ = search(tmp_path, trials=12, space=space)
+    while (suggestion := one.suggest(str(len(one.known)))) != Searcher.FINISHED:
+        assert isinstance(suggestion, dict)
+        finish(one, str(len(one.known) - 1), suggestion, 0.1 * len(one.known))
+    again, _ = search(tmp_path, trials=12, space=space)
+    assert again.over()
+    records = list(again.known.values())
+    params = {r.key: {path: r.values.get(path, value_of(RUN, path)) for path in space.distributions} for r in records}
+    found = {record.key: np.full(3, record.value) for record in records}
+    trials = Trials(METRIC, 1, records, params, found, key_of(RUN))
+    picture = heat_map(trials, "gts.keep_layers", "gts.depth")
+    assert picture is not None and f"Best at keep layers {params[records[-1].key]['gts.keep_layers']}" in picture.sentence
+    assert _importance(RUN, space, records, "max")
 
 
 def test_optuna_learns_from_the_ledger(tmp_path: Path) -> None:

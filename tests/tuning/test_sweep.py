@@ -106,12 +106,12 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     assert again.returncode == 0, errors
     assert out.strip() == str(uri)
     assert f"{len(before)} of 12 trials are over" in errors
-    assert "the space space holds 4 trials, and all are over" in errors
+    assert "all combinations of space are tried: 5 trials" in errors
     for file, state in before.items():
         assert (file.stat().st_mtime_ns, file.read_text()) == state, "a finished trial ran again"
     records = Ledger(str(uri)).records()
-    assert [record.state for record in records] == ["finished"] * 4
-    assert len({record.key for record in records}) == 4
+    assert [record.state for record in records] == ["finished"] * 5, "the run as it is, and four combinations"
+    assert len({record.key for record in records}) == 5
     assert [len(list((root / name).iterdir())) for name in ("sequences", "tree")] == [1, 2]
     assert "the run as it is" in errors and "report: " in errors
     report = (uri / "report.html").read_text()
