@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,23 +84,19 @@ def _train(run: Run, asked: Run, job: Job, shapes: Any, ledger: Ledger, key: str
             if time.time() > job.deadline:
                 raise StoppedError(f"{shared}: another trial trains it")
             time.sleep(1.0)
-    renewed = [time.monotonic()]
+    deadline = job.deadline  # what is told of stopping travels to workers
 
     def stop() -> bool:
-        if shared and time.monotonic() - renewed[0] > RENEW_S:
-            renewed[0] = time.monotonic()
-            shapes.lease.remote(shared, key)
-        return time.time() > job.deadline
+        return time.time() > deadline
 
     def report(metrics: Mapping[str, float]) -> None:
         if job.metric in metrics:
             tune.report({"step": metrics["step"], job.metric: metrics[job.metric]})
 
     alone = run.train.workers == 1
-    # `stop` of several workers travels to them, where no lease is renewed: it holds for as long as the deadline does
-    deadline = job.deadline
-    watch = Watch(report, stop) if alone else Watch(None, lambda: time.time() > deadline, (TuneReportCallback(),))
-    steps.train(run, silent, watch=watch)
+    watch = Watch(report, stop) if alone else Watch(None, stop, (TuneReportCallback(),))
+    with _renewed(shapes, shared, key) if shared else contextlib.nullcontext():
+        steps.train(run, silent, watch=watch)
     folder = forecasts(run, checkpoint, "validate", asked)
     found, _ = resamples(asked, {key: folder}, job.metric)
     value = float(found[key][0])
@@ -108,6 +106,24 @@ def _train(run: Run, asked: Run, job: Job, shapes: Any, ledger: Ledger, key: str
     size = sum(tensor.numel() for tensor in load(checkpoint).tensors.values())
     ledger.end(key, "finished", value=value, forecasts=folder.rsplit("/", 1)[-1], curve=curve, parameters=size,
                train_s=train_seconds(checkpoint) + (train_seconds(shared) if shared else 0.0))  # fmt: skip
+
+
+@contextlib.contextmanager
+def _renewed(shapes: Any, what: str, who: str) -> Iterator[None]:
+    """Within the block a lease does not run out, in whatever processes the training is."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(RENEW_S):
+            shapes.lease.remote(what, who)
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def checkpoint_of(run: Run, prepared: Any) -> str:
