@@ -32,7 +32,7 @@ from tuning.report import conclude
 from tuning.search import Pruner, Search
 from tuning.shapes import Shapes
 from tuning.spaces import Space, load_space
-from tuning.trial import Job, checkpoint_of, run_trial
+from tuning.trial import Job, checkpoint_of, plain, run_trial
 
 VERSION = 1
 MAX_CRASHES = 5
@@ -171,7 +171,7 @@ def _run(
             ),
         )
         try:
-            crashes = list(tuner.fit().errors)
+            crashes = [plain(error) for error in tuner.fit().errors]
         except SystemExit as stop:  # of SIGTERM; out of Ray's own waiting it comes with code 1
             raise SystemExit(128 + signal.SIGTERM) from stop
     ray.kill(shapes)

@@ -14,10 +14,11 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from lum_ray import catalog, steps
-from lum_ray.artifacts import UserError, find
+from lum_ray.artifacts import MachineError, UserError, find
 from lum_ray.config import Run
 from lum_ray.steps.forecasts import forecasts
 from lum_ray.steps.gts_train import align_uri
@@ -48,7 +49,8 @@ class Job:
 def run_trial(config: Mapping[str, Any], job: Job, shapes: Any) -> dict[str, Any]:
     """Run or finish the trial {key, run, steps} and say how it ended; its figures go into the ledger.
 
-    Validations are reported as they come. Whatever stops it, the same trial goes on from its checkpoint.
+    Validations are reported as they come. Whatever stops it, the same trial goes on from its checkpoint; it has failed
+    only by what its settings make wrong, and not by what the machines lack, which is raised.
     """
     if os.path.isdir(job.folder):
         os.chdir(job.folder)  # Ray Tune moves into a folder of the trial's
@@ -63,10 +65,19 @@ def run_trial(config: Mapping[str, Any], job: Job, shapes: Any) -> dict[str, Any
             _train(run, asked, job, shapes, ledger, key)
         except StoppedError:
             return _said("stopped", job.metric, config["steps"])
+        except MachineError:
+            raise
         except UserError as error:
-            ledger.end(key, "failed", message=str(error))
+            ledger.end(key, "failed", message=str(plain(error)))
     record = ledger.read(key)
     return _said(record.state, job.metric, config["steps"], record.value)
+
+
+def plain(error: BaseException) -> BaseException:
+    """The error itself, where Ray hands it on with the trace of another process as its message."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error
 
 
 def _said(state: str, metric: str, steps_done: int, value: float | None = None) -> dict[str, Any]:
