@@ -21,6 +21,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.steps import train
 from tuning.ledger import Ledger
 from tuning.spaces import load_space
+from tuning.sweep import machines, share
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900.0
@@ -142,6 +143,45 @@ def test_more_than_the_machine_has_is_refused(tmp_path: Path, ray_session: None)
         with pytest.raises(UserError, match=message):
             tune(load("lumos_tiny", str(tmp_path), sets))
     assert not list(tmp_path.iterdir()), "something was prepared"
+
+
+@pytest.mark.parametrize(
+    ("found", "sets", "parallel", "each"),
+    [
+        ([(4, 0)], [], 4, {"CPU": 1.0}),
+        ([(4, 0)], ["tune.parallel=2"], 2, {"CPU": 2.0}),
+        ([(4, 0), (3, 0)], ["tune.parallel=2"], 2, {"CPU": 3.0}),  # not 3.5 of any
+        ([(8, 0), (16, 1)], ["tune.parallel=1"], 1, {"CPU": 16.0, "GPU": 1.0}),  # and not 24
+        ([(8, 0), (16, 2)], [], 2, {"CPU": 8.0, "GPU": 1.0}),
+        ([(4, 4), (4, 1)], [], 5, {"CPU": 1.0, "GPU": 1.0}),
+        ([(4, 0), (4, 0)], ["train.workers=3"], 2, {"memory": 200e6}),
+    ],
+)
+def test_what_a_trial_holds_fits_on_one_machine(
+    found: list[tuple[int, int]], sets: list[str], parallel: int, each: dict[str, float]
+) -> None:
+    assert share(load("lumos_tiny", None, sets), found) == (parallel, each)
+
+
+@pytest.mark.parametrize(
+    ("found", "sets", "message"),
+    [
+        ([(1, 0), (1, 0)], ["tune.parallel=3"], "tune.parallel: 3 trials at once of 1 workers need 3 CPUs; beside"),
+        ([(8, 0)], ["train.device=cuda"], "1 trials at once of 1 workers need 1 CPUs, each with a GPU on its machine"),
+        ([(0, 2), (8, 1)], ["train.workers=2"], "train.workers: 1 trials at once of 2 workers need 2 CPUs, each with"),
+        ([], [], "the session has 0 CPUs and 0 GPUs"),
+    ],
+)
+def test_what_no_machine_holds_is_refused(found: list[tuple[int, int]], sets: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        share(load("lumos_tiny", None, sets), found)
+
+
+@pytest.mark.ray
+def test_the_drivers_cpus_are_no_room_for_trials(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machines("auto") == machines("cpu") == [(2, 0)]
+    monkeypatch.setenv("LUM_RAY_DRIVER_CPUS", "1")
+    assert machines("cpu") == [(1, 0)]
 
 
 @pytest.mark.faults
