@@ -46,7 +46,15 @@ class Contest:
 
 
 def conclude(
-    run: Run, root: str, space: Space, metric: str, mode: str, uri: str, records: Sequence[Record], whole: bool, log: Log
+    run: Run,
+    root: str,
+    space: Space,
+    metric: str,
+    mode: str,
+    uri: str,
+    records: Sequence[Record],
+    whole: bool,
+    log: Log,
 ) -> Record:
     """Write what the trials that are over show, and return the winner. `root`: as the user gave it, for best_run.yaml.
 

@@ -120,7 +120,9 @@ def test_a_setting_may_be_null(tmp_path: Path, values: Distribution) -> None:
     found = {record.key: np.full(3, record.value) for record in records}
     trials = Trials(METRIC, 1, records, params, found, key_of(RUN))
     picture = heat_map(trials, "gts.keep_layers", "gts.depth")
-    assert picture is not None and f"Best at keep layers {params[records[-1].key]['gts.keep_layers']}" in picture.sentence
+    assert (
+        picture is not None and f"Best at keep layers {params[records[-1].key]['gts.keep_layers']}" in picture.sentence
+    )
     assert _importance(RUN, space, records, "max")
 
 
