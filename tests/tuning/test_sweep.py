@@ -106,7 +106,8 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     out, errors = again.communicate(timeout=TIMEOUT_S)
     assert again.returncode == 0, errors
     assert out.strip() == str(uri)
-    assert f"{len(before)} of 12 trials are over" in errors
+    # a trial that outlived the driver for a moment may have ended after `before` was read
+    assert any(f"{over} of 12 trials are over" in errors for over in range(len(before), 5))
     assert "all combinations of space are tried: 5 trials" in errors
     for file, state in before.items():
         assert (file.stat().st_mtime_ns, file.read_text()) == state, "a finished trial ran again"
