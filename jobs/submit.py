@@ -31,6 +31,7 @@ import lum_ray
 from jobs import placement
 from lum_ray import config
 from lum_ray.artifacts import UserError, digest
+from tuning.spaces import BUILT_IN
 
 STEPS = ("prepare", "train", "evaluate", "audit", "predict", "publish", "tune")
 PACKAGES = ("lum_ray", "jobs", "tuning", "serve")
@@ -203,11 +204,19 @@ def _number(job: Job, submission_id: str) -> int:
 
 
 def pack(run: config.Run, folder: str, most_bytes: int = MOST_BYTES) -> None:
-    """Fill `folder` with the packages' sources and `run.yaml`. Raises UserError above `most_bytes`."""
+    """Fill `folder` with the packages' sources, `run.yaml` and the file of its `tune.space`, if it is one.
+
+    Raises UserError above `most_bytes`.
+    """
     root = Path(lum_ray.__file__).parents[1]
     for name in PACKAGES:
         if (root / name).is_dir():
             shutil.copytree(root / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    if _is_file(run.tune.space):
+        space = Path("spaces", os.path.basename(run.tune.space))
+        Path(folder, space).parent.mkdir()
+        shutil.copy(run.tune.space, Path(folder, space))
+        run = replace(run, tune=replace(run.tune, space=str(space)))
     Path(folder, "run.yaml").write_text(yaml.safe_dump(config.dump(run), sort_keys=False), encoding="utf-8")
     sizes = {path: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
     if sum(sizes.values()) > most_bytes:
@@ -217,6 +226,10 @@ def pack(run: config.Run, folder: str, most_bytes: int = MOST_BYTES) -> None:
             f"the working directory has {sum(sizes.values()) / 2**20:.0f} MiB, at most {most_bytes / 2**20:.0f} are "
             f"sent with a job; data belong into the object store. The largest: {shown}"
         )
+
+
+def _is_file(space: str) -> bool:
+    return space not in BUILT_IN and os.path.isfile(space)
 
 
 def follow(client: JobSubmissionClient, job: Job, submission_id: str, say: Say, wait_s: float) -> Outcome:
@@ -321,9 +334,15 @@ def stop(client: JobSubmissionClient, job: Job, say: Say) -> None:
 
 
 def options(arguments: Sequence[str] | None) -> tuple[str, ...]:
-    """The options of a step, as they came after `--`. Raises UserError for those that the run itself decides."""
+    """The options of a step, as they came after `--`. Raises UserError for those that the run itself decides, and for a
+    space's file, which only the run takes along."""
     own = tuple(arguments or ())
     for option in own:
         if option.split("=")[0] in ("--root", "--set"):
             raise UserError(f"{option}: give it before `--`, so that the run and the job's name hold it")
+    for option, value in zip(own, (*own[1:], "")):
+        space = value if option == "--space" else option.removeprefix("--space=")
+        if option.startswith("--space") and _is_file(space):
+            raise UserError(f"--space {space}: a file of this machine; to send it along, give --set tune.space={space} "
+                            "before `--`")  # fmt: skip
     return own

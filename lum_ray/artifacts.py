@@ -23,11 +23,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from lum_ray.storage import S3, Storage, UserError, reach, reaching, storage
+from lum_ray.storage import S3, MachineError, Storage, UserError, reach, reaching, storage
 
 __all__ = [
     "MANIFEST",
     "Artifact",
+    "MachineError",
     "Storage",
     "UserError",
     "checkpoint_record",

@@ -37,6 +37,10 @@ class UserError(ValueError):
     """Something that the user can mend: the message says what was expected, what came, where, and what to do."""
 
 
+class MachineError(UserError):
+    """What a machine, a cluster or a store lacks, and not what the run asks for: mended, the same call goes on."""
+
+
 @dataclass(frozen=True)
 class S3:
     """An S3 store as the environment describes it. Without keys, each client looks where it is used to (profile, role).
@@ -57,12 +61,12 @@ class S3:
         get = os.environ.get
         endpoint = get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL")
         if endpoint and not endpoint.startswith(("http://", "https://")):
-            raise UserError(f"AWS_ENDPOINT_URL: expected http://host:port or https://host:port, got '{endpoint}'")
+            raise MachineError(f"AWS_ENDPOINT_URL: expected http://host:port or https://host:port, got '{endpoint}'")
         retry = get(RETRY_S) or DEFAULT_RETRY_S
         try:
             retry_s = float(retry)
         except ValueError:
-            raise UserError(f"{RETRY_S}: expected seconds such as 60, got '{retry}'") from None
+            raise MachineError(f"{RETRY_S}: expected seconds such as 60, got '{retry}'") from None
         region = get("AWS_REGION") or get("AWS_DEFAULT_REGION") or "us-east-1"
         return S3(
             endpoint=endpoint.rstrip("/") if endpoint else None,
@@ -191,7 +195,7 @@ def _reach(store: S3, path: str) -> None:
         with contextlib.suppress(OSError):
             missing = filesystem.get_file_info(bucket).type == fs.FileType.NotFound
     if missing:
-        raise UserError(
+        raise MachineError(
             f"s3://{bucket}: expected a bucket, {store.name} has none of that name; make it, or correct the name or "
             "AWS_ENDPOINT_URL"
         )
@@ -200,7 +204,7 @@ def _reach(store: S3, path: str) -> None:
 
 @contextlib.contextmanager
 def reaching(uri: str) -> Iterator[None]:
-    """Turns what the user can mend into a UserError: a store that does not answer or refuses, and a full disk."""
+    """Turns what the user can mend into a MachineError: a store that does not answer or refuses, and a full disk."""
     started_at = time.monotonic()
     try:
         yield
@@ -210,7 +214,7 @@ def reaching(uri: str) -> Iterator[None]:
         problem = _problem(uri, error, time.monotonic() - started_at)
         if problem is None:
             raise
-        raise UserError(problem) from error
+        raise MachineError(problem) from error
 
 
 def reach(uri: str, act: Callable[[], T]) -> T:

@@ -59,9 +59,9 @@ def _title(metric: str) -> str:
 
 
 def _values(trials: Trials, path: str) -> list[Any]:
-    """The setting's values among the finished trials, in order."""
+    """The setting's values among the finished trials, in order: null, numbers, words."""
     seen = {trials.params[record.key][path] for record in trials.finished}
-    return sorted(seen, key=lambda value: (isinstance(value, str), value if not isinstance(value, str) else 0, value))
+    return sorted(seen, key=lambda value: (value is not None, isinstance(value, str), value or 0))
 
 
 def heat_map(trials: Trials, across: str, down: str) -> Picture | None:

@@ -46,11 +46,19 @@ class Contest:
 
 
 def conclude(
-    run: Run, root: str, space: Space, metric: str, mode: str, uri: str, records: Sequence[Record], log: Log
+    run: Run,
+    root: str,
+    space: Space,
+    metric: str,
+    mode: str,
+    uri: str,
+    records: Sequence[Record],
+    whole: bool,
+    log: Log,
 ) -> Record:
     """Write what the trials that are over show, and return the winner. `root`: as the user gave it, for best_run.yaml.
 
-    The test split is read once all trials are over, and chooses nothing. Needs one finished trial.
+    The test split is read once all trials are over (`whole`), and chooses nothing. Needs one finished trial.
     """
     base = space.base(run)
     folders = {r.key: join(run.root, "predictions", str(r.forecasts)) for r in records if r.state == "finished"}
@@ -65,7 +73,6 @@ def conclude(
     text = yaml.safe_dump(config.dump(best_run), sort_keys=False, allow_unicode=True, width=110)
     write_bytes(join(uri, "best_run.yaml"), f"# Trial {winner.number} of {uri}\n{text}".encode())
     write_json(join(uri, "trials.json"), [dataclasses.asdict(record) for record in records])
-    whole = all(record.state != "unfinished" for record in records) and len(records) >= run.tune.trials
     contest = None
     if whole and winner.key != trials.default and trials.default in found:
         log("the winner against the run as it is, on the test split")

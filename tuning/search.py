@@ -71,6 +71,12 @@ class Search(Searcher):
         run = self.space.apply(self.run, record.values)
         return {"key": record.key, "run": json.dumps(config.dump(run)), "steps": run.train.steps}
 
+    def over(self) -> bool:
+        """Whether all trials are over: as many as were asked for, or all that a finite space holds."""
+        if any(record.state == "unfinished" for record in self.known.values()):
+            return False
+        return len(self.known) >= self.trials or (self._finite() and self._left() is None)
+
     def _next(self) -> tuple[Record | None, optuna.Trial | None]:
         if self.queue:
             record = self.queue.pop(0)
@@ -93,11 +99,14 @@ class Search(Searcher):
         except UserError:
             return False
 
+    def _finite(self) -> bool:
+        return math.prod(item.size() for item in self.space.distributions.values()) <= MOST_COMBINATIONS
+
     def _left(self) -> dict[str, Any] | None:
         """Values that no trial had yet, where the space is finite."""
-        distributions = self.space.distributions
-        if math.prod(item.size() for item in distributions.values()) > MOST_COMBINATIONS:
+        if not self._finite():
             return None
+        distributions = self.space.distributions
         every = [dict(zip(distributions, v)) for v in itertools.product(*(d.probes() for d in distributions.values()))]
         random.Random(len(self.known)).shuffle(every)
         return next((values for values in every if self._new(values)), None)
@@ -163,11 +172,7 @@ def params_of(run: Run, space: Space, values: Mapping[str, Any]) -> dict[str, An
     """All searched settings of a trial, or None where one lies outside the space."""
     base = space.base(run)
     params = {path: values.get(path, value_of(base, path)) for path in space.distributions}
-    fits = [
-        params[path] in item.values if item.form == "choice" else item.low <= params[path] <= item.high
-        for path, item in space.distributions.items()
-    ]
-    return params if all(fits) else None
+    return params if all(item.holds(params[path]) for path, item in space.distributions.items()) else None
 
 
 def study_of(run: Run, space: Space, records: list[Record], mode: str, seed: int = 0) -> optuna.Study:

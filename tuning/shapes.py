@@ -23,7 +23,8 @@ LEASE_S = 120.0
 class Shapes:
     """Prepares, and lends what only one trial at a time may train: Phase I, which trials of one shape share."""
 
-    def __init__(self) -> None:
+    def __init__(self, lease_s: float = LEASE_S) -> None:
+        self.lease_s = lease_s
         self.leases: dict[str, tuple[str, float]] = {}
 
     @ray.method(concurrency_group="build")
@@ -34,9 +35,9 @@ class Shapes:
 
     @ray.method(concurrency_group="lease")
     def lease(self, what: str, who: str) -> bool:
-        """Whether `who` has `what` for the next LEASE_S seconds, if it was free or hers; a dead trial's runs out."""
+        """Whether `who` has `what` for the next `lease_s` seconds, if it was free or hers; a dead trial's runs out."""
         holder, until = self.leases.get(what, (who, 0.0))
         if holder != who and time.monotonic() < until:
             return False
-        self.leases[what] = who, time.monotonic() + LEASE_S
+        self.leases[what] = who, time.monotonic() + self.lease_s
         return True

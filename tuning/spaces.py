@@ -55,6 +55,12 @@ class Distribution:
             return optuna_distributions.IntDistribution(int(self.low), int(self.high))
         return optuna_distributions.FloatDistribution(self.low, self.high, log=self.form == "log")
 
+    def holds(self, value: Any) -> bool:
+        """Whether it is one of the values; a setting of the run may be null."""
+        if self.form == "choice":
+            return value in self.values
+        return value is not None and bool(self.low <= value <= self.high)
+
     def size(self) -> float:
         """How many values there are."""
         if self.form == "choice":

@@ -32,7 +32,7 @@ from tuning.report import conclude
 from tuning.search import Pruner, Search
 from tuning.shapes import Shapes
 from tuning.spaces import Space, load_space
-from tuning.trial import Job, checkpoint_of, run_trial
+from tuning.trial import Job, checkpoint_of, plain, run_trial
 
 VERSION = 1
 MAX_CRASHES = 5
@@ -81,11 +81,11 @@ def tune(run: Run, log: Log = silent, budget_s: float | None = None) -> str:
     over = sum(record.state != "unfinished" for record in before)
     if before:
         log(f"{over} of {run.tune.trials} trials are over, {len(before) - over} go on")
-    if over < run.tune.trials or over < len(before):
+    deadline = began_at + budget_s if budget_s is not None else float("inf")
+    row = rows(metric, mode, run.tune.trials, before, log)
+    search = Search(run, space, ledger, metric, mode, run.tune.trials, deadline, row)
+    if not search.over():
         log(f"searching {', '.join(space.distributions)} by {metric}: {parallel} trials at once, each with {resources}")
-        deadline = began_at + budget_s if budget_s is not None else float("inf")
-        row = rows(metric, mode, run.tune.trials, before, log)
-        search = Search(run, space, ledger, metric, mode, run.tune.trials, deadline, row)
         scheduler = _scheduler(run, base, space, metric, mode, before)
         crashes = _run(search, scheduler, base, ledger, metric, deadline, parallel, resources)
         for crash in crashes[:5]:
@@ -99,27 +99,52 @@ def tune(run: Run, log: Log = silent, budget_s: float | None = None) -> str:
             raise UserError("all trials failed:\n" + "\n".join(messages[:5]))
         log("no trial has finished yet; the same command goes on, with more --budget")
         return uri
-    conclude(run, given, space, metric, mode, uri, records, log)
+    whole = search.over()
+    if whole and len(records) < run.tune.trials:
+        log(f"all combinations of {space.name} are tried: {len(records)} trials")
+    conclude(run, given, space, metric, mode, uri, records, whole, log)
     return uri
 
 
 def places(run: Run) -> tuple[int, dict[str, float]]:
     """(trials at once, what Ray holds for each). Raises UserError where the machines have less than is asked for."""
-    found = ray.cluster_resources()
-    cpus, cards = int(found.get("CPU", 0)), int(found.get("GPU", 0))
+    return share(run, machines(run.train.device))
+
+
+def machines(device: str) -> list[tuple[int, int]]:
+    """(CPUs, GPUs) of each machine that are there for trials: without the CPUs of a submitted job's driver, and without
+    GPUs where `device` is the CPU."""
+    own, found = ray.get_runtime_context().get_node_id(), []
+    for node in ray.nodes():
+        if node["Alive"]:
+            held = int(os.environ.get("LUM_RAY_DRIVER_CPUS", "0")) if node["NodeID"] == own else 0  # see training.fit
+            cards = 0 if device == "cpu" else int(node["Resources"].get("GPU", 0))
+            found.append((max(0, int(node["Resources"].get("CPU", 0)) - held), cards))
+    return found
+
+
+def share(run: Run, found: list[tuple[int, int]]) -> tuple[int, dict[str, float]]:
+    """As `places`, of machines with these (CPUs, GPUs). What Ray holds for a trial must fit on one of them."""
+    on_gpus = run.train.device == "cuda" or any(cards for _, cards in found)
+
+    def room(cpus: int) -> int:
+        return sum(min(own // cpus, cards) if on_gpus else own // cpus for own, cards in found)
+
     workers, asked = run.train.workers, run.tune.parallel
-    most = min(cpus, cards) // workers if cards else cpus // workers
-    if workers > cpus or most < 1 or (asked or 1) > most:
+    most = room(1) // workers
+    if most < (asked or 1):
         raise UserError(
-            f"{'tune.parallel' if (asked or 1) > most >= 1 else 'train.workers'}: {asked or 1} trials at once of "
-            f"{workers} workers need {(asked or 1) * workers} CPUs{' and GPUs' if cards else ''}, the session has "
-            f"{cpus} CPUs and {cards} GPUs; ask for less, or add machines"
+            f"{'tune.parallel' if most else 'train.workers'}: {asked or 1} trials at once of {workers} workers need "
+            f"{(asked or 1) * workers} CPUs{', each with a GPU on its machine' if on_gpus else ''}; beside the driver "
+            f"the session has {sum(cpus for cpus, _ in found)} CPUs and {sum(cards for _, cards in found)} GPUs; ask "
+            "for less, or add machines"
         )
     parallel = asked or most
     if workers > 1:
         # the trial itself only waits for its workers, which take all the CPUs; Tune refuses a trial that takes nothing
         return parallel, {"memory": float(WAITING_BYTES)}
-    return parallel, {"CPU": float(max(1, cpus // parallel)), **({"GPU": 1.0} if cards else {})}
+    cpus = max(cpus for cpus in range(1, 1 + max(own for own, _ in found)) if room(cpus) >= parallel)
+    return parallel, {"CPU": float(cpus), **({"GPU": 1.0} if on_gpus else {})}
 
 
 def _scheduler(run: Run, base: Run, space: Space, metric: str, mode: str, records: list[Record]) -> Any:
@@ -168,7 +193,7 @@ def _run(
             ),
         )
         try:
-            crashes = list(tuner.fit().errors)
+            crashes = [plain(error) for error in tuner.fit().errors]
         except SystemExit as stop:  # of SIGTERM; out of Ray's own waiting it comes with code 1
             raise SystemExit(128 + signal.SIGTERM) from stop
     ray.kill(shapes)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from lum_ray import catalog, steps
-from lum_ray.artifacts import UserError, find
+from lum_ray.artifacts import MachineError, UserError, find
 from lum_ray.config import Run
 from lum_ray.steps.forecasts import forecasts
 from lum_ray.steps.gts_train import align_uri
@@ -46,7 +49,8 @@ class Job:
 def run_trial(config: Mapping[str, Any], job: Job, shapes: Any) -> dict[str, Any]:
     """Run or finish the trial {key, run, steps} and say how it ended; its figures go into the ledger.
 
-    Validations are reported as they come. Whatever stops it, the same trial goes on from its checkpoint.
+    Validations are reported as they come. Whatever stops it, the same trial goes on from its checkpoint; it has failed
+    only by what its settings make wrong, and not by what the machines lack, which is raised.
     """
     if os.path.isdir(job.folder):
         os.chdir(job.folder)  # Ray Tune moves into a folder of the trial's
@@ -61,10 +65,19 @@ def run_trial(config: Mapping[str, Any], job: Job, shapes: Any) -> dict[str, Any
             _train(run, asked, job, shapes, ledger, key)
         except StoppedError:
             return _said("stopped", job.metric, config["steps"])
+        except MachineError:
+            raise
         except UserError as error:
-            ledger.end(key, "failed", message=str(error))
+            ledger.end(key, "failed", message=str(plain(error)))
     record = ledger.read(key)
     return _said(record.state, job.metric, config["steps"], record.value)
+
+
+def plain(error: BaseException) -> BaseException:
+    """The error itself, where Ray hands it on with the trace of another process as its message."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error
 
 
 def _said(state: str, metric: str, steps_done: int, value: float | None = None) -> dict[str, Any]:
@@ -82,23 +95,19 @@ def _train(run: Run, asked: Run, job: Job, shapes: Any, ledger: Ledger, key: str
             if time.time() > job.deadline:
                 raise StoppedError(f"{shared}: another trial trains it")
             time.sleep(1.0)
-    renewed = [time.monotonic()]
+    deadline = job.deadline  # what is told of stopping travels to workers
 
     def stop() -> bool:
-        if shared and time.monotonic() - renewed[0] > RENEW_S:
-            renewed[0] = time.monotonic()
-            shapes.lease.remote(shared, key)
-        return time.time() > job.deadline
+        return time.time() > deadline
 
     def report(metrics: Mapping[str, float]) -> None:
         if job.metric in metrics:
             tune.report({"step": metrics["step"], job.metric: metrics[job.metric]})
 
     alone = run.train.workers == 1
-    # `stop` of several workers travels to them, where no lease is renewed: it holds for as long as the deadline does
-    deadline = job.deadline
-    watch = Watch(report, stop) if alone else Watch(None, lambda: time.time() > deadline, (TuneReportCallback(),))
-    steps.train(run, silent, watch=watch)
+    watch = Watch(report, stop) if alone else Watch(None, stop, (TuneReportCallback(),))
+    with _renewed(shapes, shared, key) if shared else contextlib.nullcontext():
+        steps.train(run, silent, watch=watch)
     folder = forecasts(run, checkpoint, "validate", asked)
     found, _ = resamples(asked, {key: folder}, job.metric)
     value = float(found[key][0])
@@ -108,6 +117,24 @@ def _train(run: Run, asked: Run, job: Job, shapes: Any, ledger: Ledger, key: str
     size = sum(tensor.numel() for tensor in load(checkpoint).tensors.values())
     ledger.end(key, "finished", value=value, forecasts=folder.rsplit("/", 1)[-1], curve=curve, parameters=size,
                train_s=train_seconds(checkpoint) + (train_seconds(shared) if shared else 0.0))  # fmt: skip
+
+
+@contextlib.contextmanager
+def _renewed(shapes: Any, what: str, who: str) -> Iterator[None]:
+    """Within the block a lease does not run out, in whatever processes the training is."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(RENEW_S):
+            shapes.lease.remote(what, who)
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def checkpoint_of(run: Run, prepared: Any) -> str:

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from lum_ray.artifacts import UserError, storage
+from lum_ray.artifacts import MachineError, UserError, storage
 from lum_ray.training.loop import DivergedError, StoppedError, Watch, Worker
 
 RESIZE_S = 60.0
@@ -99,7 +99,7 @@ def fit(
             # Ray hands the worker's exception on inside one of its own, in an attribute.
             cause = getattr(failure, "_base_exc", failure)
             if isinstance(cause, UserError):
-                raise UserError(str(cause)) from error
+                raise type(cause)(str(cause)) from error
         raise
     if "user_error" in outcome:
         raise UserError(outcome["user_error"])
@@ -166,17 +166,17 @@ def gauges(run: str) -> Callable[[Mapping[str, float]], None]:
 
 
 def _check(workers: int, gpus: bool) -> None:
-    """Raises UserError where there are fewer CPUs or GPUs than the workers that there must be, on a cluster
+    """Raises MachineError where there are fewer CPUs or GPUs than the workers that there must be, on a cluster
     after it had time to grow."""
     if workers == 1:
         if gpus and not torch.cuda.is_available():
-            raise UserError(
+            raise MachineError(
                 "train: one GPU asked for (train.device), but torch sees none on this machine; on a cluster submit "
                 "`train`, which gets one, before what reads the checkpoint"
             )
         return
     if not ray.is_initialized():
-        raise UserError(f"train.workers: {workers} workers need a Ray session, but none runs; start one, or set 1")
+        raise MachineError(f"train.workers: {workers} workers need a Ray session, but none runs; start one, or set 1")
     cpus, cards = _resources()
     if workers <= cpus and (not gpus or workers <= cards):
         return
@@ -184,7 +184,7 @@ def _check(workers: int, gpus: bool) -> None:
         return
     cpus, cards = _resources()
     most = min(cpus, cards) if gpus else cpus
-    raise UserError(
+    raise MachineError(
         f"train.workers: {workers} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray "
         f"session has {cpus} CPUs and {cards} GPUs; set train.workers to at most {most}, or add machines"
     )

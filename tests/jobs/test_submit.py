@@ -11,6 +11,7 @@ import pytest
 from jobs.submit import STEPS, Job, connect, options, pack, result_of
 from lum_ray import catalog, config, presets
 from lum_ray.artifacts import UserError
+from tuning.spaces import load_space
 
 
 def tiny(*assignments: str) -> config.Run:
@@ -28,6 +29,26 @@ def test_what_is_sent_is_small_and_runs_by_itself(tmp_path: Path) -> None:
     script = "import lum_ray, jobs.cli, serve; print(lum_ray.__file__)"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == str(tmp_path / "lum_ray/__init__.py"), done.stderr
+
+
+def test_the_file_of_a_space_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, sent = tmp_path / "mine.yaml", tmp_path / "sent"
+    file.write_text("train.learning_rate: {log: [0.001, 0.01]}\n")
+    sent.mkdir()
+    pack(tiny(f"tune.space={file}"), str(sent))
+    file.unlink()
+    monkeypatch.chdir(sent)  # where a job runs
+    there = catalog.load_run("run.yaml")
+    assert load_space(there.tune.space, there).name == "mine"
+
+
+def test_a_file_that_would_stay_here_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.touch()
+    for given in (["--space", str(file)], ["--trials", "3", f"--space={file}"]):
+        with pytest.raises(UserError, match=f"a file of this machine; .* --set tune.space={file} before `--`"):
+            options(given)
+    assert options(["--space", "quick"]) == ("--space", "quick")
 
 
 def test_what_is_too_large_is_refused_with_what_is_large(tmp_path: Path) -> None:

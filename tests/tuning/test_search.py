@@ -7,12 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pytest
 from ray.tune.search import Searcher
 
 from lum_ray import presets
 from tuning.ledger import Ledger, Record, key_of
+from tuning.pictures import Trials, heat_map
+from tuning.report import _importance
 from tuning.search import Pruner, Search
-from tuning.spaces import Distribution, Space, choice
+from tuning.spaces import Distribution, Space, choice, value_of
 
 RUN = presets.gts_tiny()
 METRIC = "eval/ndcg_10"
@@ -37,8 +41,10 @@ def test_the_run_as_it_is_comes_first_and_a_finite_space_ends(tmp_path: Path) ->
     for number in range(6):
         found = one.suggest(str(number))
         assert isinstance(found, dict)
+        assert not one.over()
         keys.append(found["key"])
         finish(one, str(number), found, number / 10)
+    assert one.over() and search(tmp_path, trials=50)[0].over()
     assert keys[0] == key_of(RUN)
     assert len(set(keys)) == 6, "a trial came twice"
     assert one.suggest("6") == Searcher.FINISHED
@@ -77,6 +83,7 @@ def test_what_did_not_end_is_still_to_be_done(tmp_path: Path) -> None:
     one.on_trial_complete("b", error=True)  # crashed too often
     assert [record.message for record in ended] == ["crashed too often"]
     assert [record.state for record in Ledger(str(tmp_path)).records()] == ["unfinished"] * 2
+    assert not one.over()
 
 
 def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
@@ -96,6 +103,29 @@ def test_values_that_do_not_go_together_are_never_tried(tmp_path: Path) -> None:
     assert len(found) == 3  # 16 and 2, 18 and 2, 18 and 3
 
 
+@pytest.mark.parametrize(
+    "values", [Distribution("int", low=1, high=2), choice(None, 1, 2)], ids=["outside the space", "in the space"]
+)
+def test_a_setting_may_be_null(tmp_path: Path, values: Distribution) -> None:
+    assert RUN.section.keep_layers is None
+    space = Space("null", {"gts.keep_layers": values, "gts.depth": choice(1, 2)})
+    one, _ = search(tmp_path, trials=12, space=space)
+    while (suggestion := one.suggest(str(len(one.known)))) != Searcher.FINISHED:
+        assert isinstance(suggestion, dict)
+        finish(one, str(len(one.known) - 1), suggestion, 0.1 * len(one.known))
+    again, _ = search(tmp_path, trials=12, space=space)
+    assert again.over()
+    records = list(again.known.values())
+    params = {r.key: {path: r.values.get(path, value_of(RUN, path)) for path in space.distributions} for r in records}
+    found = {record.key: np.full(3, record.value) for record in records}
+    trials = Trials(METRIC, 1, records, params, found, key_of(RUN))
+    picture = heat_map(trials, "gts.keep_layers", "gts.depth")
+    assert (
+        picture is not None and f"Best at keep layers {params[records[-1].key]['gts.keep_layers']}" in picture.sentence
+    )
+    assert _importance(RUN, space, records, "max")
+
+
 def test_optuna_learns_from_the_ledger(tmp_path: Path) -> None:
     space = Space("rate", {"train.learning_rate": Distribution("log", low=1e-4, high=1e-1)})
     one, _ = search(tmp_path, trials=24, space=space)
@@ -108,6 +138,7 @@ def test_optuna_learns_from_the_ledger(tmp_path: Path) -> None:
         rate = one.known[suggestion["key"]].values.get("train.learning_rate", RUN.train.learning_rate)
         rates.append(abs(math.log10(rate) + 2.5))
         finish(one, str(number), suggestion, -rates[-1])
+        assert one.over() == (number == 23)
     assert sum(rates[12:]) < 0.7 * sum(rates[:12])
 
 

@@ -21,6 +21,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.steps import train
 from tuning.ledger import Ledger
 from tuning.spaces import load_space
+from tuning.sweep import machines, share
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900.0
@@ -91,7 +92,7 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "LOG.md").write_text("# Tuning log\n\nNewest first.\n\n## 2020-01-01: old\n\nx\n")
     small = ["data.source.options.users=60"]
-    arguments = command("gts_tiny", root, space, 4, *(part for one in small for part in ("--set", one)))
+    arguments = command("gts_tiny", root, space, 12, *(part for one in small for part in ("--set", one)))
     process = start(arguments, tmp_path)
     try:
         wait_for(process, lambda: list(root.glob("tune/*/trials/*/manifest.json")))
@@ -105,12 +106,14 @@ def test_a_killed_search_goes_on_and_prepares_each_shape_once(tmp_path: Path) ->
     out, errors = again.communicate(timeout=TIMEOUT_S)
     assert again.returncode == 0, errors
     assert out.strip() == str(uri)
-    assert f"{len(before)} of 4 trials are over" in errors
+    # a trial that outlived the driver for a moment may have ended after `before` was read
+    assert any(f"{over} of 12 trials are over" in errors for over in range(len(before), 5))
+    assert "all combinations of space are tried: 5 trials" in errors
     for file, state in before.items():
         assert (file.stat().st_mtime_ns, file.read_text()) == state, "a finished trial ran again"
     records = Ledger(str(uri)).records()
-    assert [record.state for record in records] == ["finished"] * 4
-    assert len({record.key for record in records}) == 4
+    assert [record.state for record in records] == ["finished"] * 5, "the run as it is, and four combinations"
+    assert len({record.key for record in records}) == 5
     assert [len(list((root / name).iterdir())) for name in ("sequences", "tree")] == [1, 2]
     assert "the run as it is" in errors and "report: " in errors
     report = (uri / "report.html").read_text()
@@ -141,6 +144,45 @@ def test_more_than_the_machine_has_is_refused(tmp_path: Path, ray_session: None)
         with pytest.raises(UserError, match=message):
             tune(load("lumos_tiny", str(tmp_path), sets))
     assert not list(tmp_path.iterdir()), "something was prepared"
+
+
+@pytest.mark.parametrize(
+    ("found", "sets", "parallel", "each"),
+    [
+        ([(4, 0)], [], 4, {"CPU": 1.0}),
+        ([(4, 0)], ["tune.parallel=2"], 2, {"CPU": 2.0}),
+        ([(4, 0), (3, 0)], ["tune.parallel=2"], 2, {"CPU": 3.0}),  # not 3.5 of any
+        ([(8, 0), (16, 1)], ["tune.parallel=1"], 1, {"CPU": 16.0, "GPU": 1.0}),  # and not 24
+        ([(8, 0), (16, 2)], [], 2, {"CPU": 8.0, "GPU": 1.0}),
+        ([(4, 4), (4, 1)], [], 5, {"CPU": 1.0, "GPU": 1.0}),
+        ([(4, 0), (4, 0)], ["train.workers=3"], 2, {"memory": 200e6}),
+    ],
+)
+def test_what_a_trial_holds_fits_on_one_machine(
+    found: list[tuple[int, int]], sets: list[str], parallel: int, each: dict[str, float]
+) -> None:
+    assert share(load("lumos_tiny", None, sets), found) == (parallel, each)
+
+
+@pytest.mark.parametrize(
+    ("found", "sets", "message"),
+    [
+        ([(1, 0), (1, 0)], ["tune.parallel=3"], "tune.parallel: 3 trials at once of 1 workers need 3 CPUs; beside"),
+        ([(8, 0)], ["train.device=cuda"], "1 trials at once of 1 workers need 1 CPUs, each with a GPU on its machine"),
+        ([(0, 2), (8, 1)], ["train.workers=2"], "train.workers: 1 trials at once of 2 workers need 2 CPUs, each with"),
+        ([], [], "the session has 0 CPUs and 0 GPUs"),
+    ],
+)
+def test_what_no_machine_holds_is_refused(found: list[tuple[int, int]], sets: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        share(load("lumos_tiny", None, sets), found)
+
+
+@pytest.mark.ray
+def test_the_drivers_cpus_are_no_room_for_trials(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machines("auto") == machines("cpu") == [(2, 0)]
+    monkeypatch.setenv("LUM_RAY_DRIVER_CPUS", "1")
+    assert machines("cpu") == [(1, 0)]
 
 
 @pytest.mark.faults
