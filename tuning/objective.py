@@ -19,6 +19,7 @@ from lum_ray.evaluation import bootstrap, metrics, predictions
 from lum_ray.evaluation.ranking import basket_metrics, read_rankings
 from lum_ray.steps.gts_train import CUTOFFS, METRICS
 from lum_ray.steps.train import tasks_of
+from lum_ray.training.loop import lower_is_better
 
 Floats = NDArray[np.float64]
 RESAMPLES = 400
@@ -36,7 +37,7 @@ def metric_of(run: Run) -> tuple[str, str]:
         why = " (a loss has another unit for each data shape)" if name.endswith("loss") else ""
         shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         raise UserError(f"tune.metric: no validation of {run.name} reports {name!r}{why}; expected one of {shown}")
-    return name, "min" if name.startswith("eval/wmape") else "max"
+    return name, "min" if lower_is_better(name) else "max"
 
 
 def resamples(run: Run, folders: Mapping[str, str], metric: str) -> tuple[dict[str, Floats], int]:
