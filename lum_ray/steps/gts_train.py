@@ -64,14 +64,14 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False, watch: Watch | N
     prepared = prepare_gts(run, log)
     uri = checkpoint_uri(run, prepared)
     aligned = align_uri(run, prepared) if run.section.align_steps and run.section.fusion == "qformer" else None
-    if fresh:
-        for stale in [uri, *([aligned] if aligned else [])]:
-            remove(stale)
-    if find(uri) is not None:
+    if not fresh and find(uri) is not None:
         log("already trained")
         return uri
     llm = {"name": run.section.llm, "revision": run.section.revision, "digest": llm_digest(load(run.section).decoder)}
     gpus = training_session(run.train)
+    if fresh:
+        for stale in [uri, *([aligned] if aligned else [])]:
+            remove(stale)
     plain = config.dump(run)
     uris = tuple(item.uri for item in (prepared.sequences, prepared.items, prepared.tree, prepared.fitted))
     if aligned and find(aligned) is None:

@@ -68,13 +68,13 @@ def train(run: Run, log: Log = silent, fresh: bool = False, watch: Watch | None 
     """
     prepared = prepare(run, log)
     uri = checkpoint_uri(run, prepared)
-    if fresh:
-        remove(uri)
-    if find(uri) is not None:
+    if not fresh and find(uri) is not None:
         log("already trained")
         return uri
-    _write_record(run, prepared, uri)
     gpus = training_session(run.train)
+    if fresh:
+        remove(uri)
+    _write_record(run, prepared, uri)
     plain, uris = config.dump(run), (prepared.timelines.uri, prepared.calendar.uri, prepared.fitted.uri)
 
     def make_loop(worker: Worker) -> dict[str, Any]:

@@ -35,6 +35,18 @@ def test_everything_is_found_again(tiny: Run) -> None:
     assert said == ["already trained"]
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny_gts"])
+def test_fresh_removes_nothing_where_there_is_no_room_to_train(
+    model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Run = request.getfixturevalue(model)
+    before = train(run)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="one GPU asked for"):
+        train(changed(run, "train.device=cuda"), fresh=True)
+    assert open_artifact(before).manifest["kind"] == "checkpoint"
+
+
 def test_a_long_prepare_says_how_far_it_is() -> None:
     said: list[str] = []
     now_and_then(said.append)("read", 1, 3)
