@@ -184,9 +184,10 @@ def check_room(workers: int, gpus: bool, min_workers: int | None = None) -> None
     if os.environ.get("RAY_ADDRESS") and _grows([{"CPU": 1, **({"GPU": 1} if gpus else {})}] * least):
         return
     cpus, cards = _resources()
+    setting = "workers" if min_workers is None else "min_workers"
     most = min(cpus, cards) if gpus else cpus
     raise UserError(
-        f"train.{'workers' if min_workers is None else 'min_workers'}: {least} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray "
+        f"train.{setting}: {least} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray "
         f"session has {cpus} CPUs and {cards} GPUs; set it to at most {most}, or add machines"
     )
 
