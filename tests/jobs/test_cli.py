@@ -61,7 +61,8 @@ def test_errors_are_one_message_and_exit_code_one(tmp_path: Path) -> None:
 def test_ctrl_c_says_that_the_command_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     os.mkfifo(file)
-    process = subprocess.Popen([sys.executable, "-m", "jobs.cli", "train", str(file)], stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "jobs.cli", "train", str(file)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     with open(file, "w"):  # once the command reads it
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
