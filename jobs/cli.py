@@ -50,11 +50,9 @@ def main() -> None:
     except UserError as error:
         console.print(f"[bold red]error[/] {plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print(STOPPED)
-        sys.exit(130)
     except SystemExit as end:
-        if end.code == 128 + signal.SIGTERM:
+        # of `submit` the job's own: it says itself what becomes of that
+        if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and sys.argv[1:2] != ["submit"]:
             console.print(STOPPED)
         raise
 

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from lum_ray.artifacts import UserError, join, list_files, storage
 from lum_ray.config import Run
 from lum_ray.evaluation import bootstrap, metrics, predictions
+from lum_ray.evaluation.protocol import validation_names
 from lum_ray.evaluation.ranking import basket_metrics, read_rankings
 from lum_ray.steps.gts_train import CUTOFFS, METRICS
-from lum_ray.steps.train import tasks_of
+from lum_ray.steps.train import check_reported, tasks_of
+from lum_ray.training.loop import lower_is_better
 
 Floats = NDArray[np.float64]
 RESAMPLES = 400
@@ -29,14 +31,10 @@ def metric_of(run: Run) -> tuple[str, str]:
     name = run.tune.metric or ("eval/ndcg_10" if run.model == "gts" else "eval/roc_auc")
     known = list(METRICS)
     if run.model == "lumos":
-        tasks = tasks_of(run)
-        known = ["eval/roc_auc"]
-        known += [f"eval/{'roc_auc' if task.kind == 'binary' else 'wmape'}_{key}" for key, task in tasks.items()]
-    if name not in known:
-        why = " (a loss has another unit for each data shape)" if name.endswith("loss") else ""
-        shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-        raise UserError(f"tune.metric: no validation of {run.name} reports {name!r}{why}; expected one of {shown}")
-    return name, "min" if name.startswith("eval/wmape") else "max"
+        known = validation_names(tasks_of(run))
+    why = " (a loss has another unit for each data shape)" if name.endswith("loss") else ""
+    check_reported(run, "tune.metric", name, known, why)
+    return name, "min" if lower_is_better(name) else "max"
 
 
 def resamples(run: Run, folders: Mapping[str, str], metric: str) -> tuple[dict[str, Floats], int]:

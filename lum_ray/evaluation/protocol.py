@@ -281,6 +281,12 @@ def by_cohort(
     return pa.Table.from_pylist(rows, schema=COHORTS)
 
 
+def validation_names(tasks: Mapping[str, Task]) -> list[str]:
+    """The names of `validation_scores`."""
+    each = [f"eval/{'roc_auc' if task.kind == 'binary' else 'wmape'}_{name}" for name, task in tasks.items()]
+    return ["eval/roc_auc", *each]
+
+
 def validation_scores(columns: Mapping[str, NDArray[np.generic]], tasks: Mapping[str, Task]) -> dict[str, float]:
     """Scores of a validation round, without intervals.
 

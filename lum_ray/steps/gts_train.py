@@ -26,7 +26,7 @@ from lum_ray.stage import Arrays, to_device
 from lum_ray.steps.gts_prepare import GtsPrepared, prepare_gts
 from lum_ray.steps.prepare import Log, cut_plan, fit_until, select_until, silent
 from lum_ray.steps.session import training_session
-from lum_ray.steps.train import commit_checkpoint, shaping
+from lum_ray.steps.train import check_reported, commit_checkpoint, shaping
 from lum_ray.training.collectives import gather_columns
 from lum_ray.training.fit import fit
 from lum_ray.training.loop import Watch, Worker, train_loop
@@ -61,17 +61,18 @@ def train_gts(run: Run, log: Log = silent, fresh: bool = False, watch: Watch | N
 
     `watch` may stop either phase, and hears of Phase II's validations alone.
     """
+    check_reported(run, "train.keep_best", run.train.keep_best, METRICS)
     prepared = prepare_gts(run, log)
     uri = checkpoint_uri(run, prepared)
     aligned = align_uri(run, prepared) if run.section.align_steps and run.section.fusion == "qformer" else None
-    if fresh:
-        for stale in [uri, *([aligned] if aligned else [])]:
-            remove(stale)
-    if find(uri) is not None:
+    if not fresh and find(uri) is not None:
         log("already trained")
         return uri
     llm = {"name": run.section.llm, "revision": run.section.revision, "digest": llm_digest(load(run.section).decoder)}
     gpus = training_session(run.train)
+    if fresh:
+        for stale in [uri, *([aligned] if aligned else [])]:
+            remove(stale)
     plain = config.dump(run)
     uris = tuple(item.uri for item in (prepared.sequences, prepared.items, prepared.tree, prepared.fitted))
     if aligned and find(aligned) is None:

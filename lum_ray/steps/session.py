@@ -14,6 +14,7 @@ import ray.data  # sets up its own logging when it is imported
 import torch
 
 from lum_ray.config import Train
+from lum_ray.training.fit import check_room
 
 
 def start_ray() -> None:
@@ -47,12 +48,16 @@ def training_session(train: Train) -> bool:
     """Join or start the session that training needs. Returns whether its workers compute on GPUs.
 
     `auto` with one worker asks this process, with several the session: the driver may be on a machine without GPUs. One
-    worker joins a cluster too where it is a job there, so that its metrics are seen.
+    worker joins a cluster too where it is a job there, so that its metrics are seen. Raises UserError where the session
+    has no room for the workers.
     """
     if train.workers > 1 or os.environ.get("RAY_ADDRESS"):
         start_ray()
     if train.device != "auto":
-        return train.device == "cuda"
-    if train.workers == 1:
-        return torch.cuda.is_available()
-    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+        gpus = train.device == "cuda"
+    elif train.workers == 1:
+        gpus = torch.cuda.is_available()
+    else:
+        gpus = bool(ray.cluster_resources().get("GPU", 0) >= 1)
+    check_room(train.workers, gpus, train.min_workers)
+    return gpus

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,7 @@ from lum_ray.config import Run
 from lum_ray.data.loader import Loader, evaluation_batches
 from lum_ray.data.reader import Timelines
 from lum_ray.evaluation.predictions import Task
-from lum_ray.evaluation.protocol import validation_scores
+from lum_ray.evaluation.protocol import validation_names, validation_scores
 from lum_ray.lumos.reference import reference_rows
 from lum_ray.lumos.stage import LumosStage
 from lum_ray.stage import to_device
@@ -40,6 +40,13 @@ def tasks_of(run: Run) -> dict[str, Task]:
         known = {item.name for item in run.data.horizons}
         tasks[horizon.name] = Task(source.kind, gate if gate in known else None, horizon=True)
     return tasks
+
+
+def check_reported(run: Run, setting: str, name: str, reported: Sequence[str], why: str = "") -> None:
+    """Raises UserError unless the metric `name`, asked for by `setting`, is one that the run's validation reports."""
+    if name not in reported:
+        shown = ", ".join(reported[:8]) + (", ..." if len(reported) > 8 else "")
+        raise UserError(f"{setting}: no validation of {run.name} reports {name!r}{why}; expected one of {shown}")
 
 
 def shaping(run: Run) -> dict[str, Any]:
@@ -66,15 +73,17 @@ def train(run: Run, log: Log = silent, fresh: bool = False, watch: Watch | None 
     `fresh` trains anew; `watch` looks on, and may stop it. Raises UserError before workers start where the run or the
     data are at fault.
     """
+    reported = ["eval/loss", *validation_names(tasks_of(run))]
+    check_reported(run, "train.keep_best", run.train.keep_best, reported)
     prepared = prepare(run, log)
     uri = checkpoint_uri(run, prepared)
-    if fresh:
-        remove(uri)
-    if find(uri) is not None:
+    if not fresh and find(uri) is not None:
         log("already trained")
         return uri
-    _write_record(run, prepared, uri)
     gpus = training_session(run.train)
+    if fresh:
+        remove(uri)
+    _write_record(run, prepared, uri)
     plain, uris = config.dump(run), (prepared.timelines.uri, prepared.calendar.uri, prepared.fitted.uri)
 
     def make_loop(worker: Worker) -> dict[str, Any]:
@@ -192,13 +201,14 @@ def _validation(
                 parts["day"].append(cut + columns["offset"])
                 for name in ("p", "mean", "y"):
                     parts[name].append(columns[name])
-        if worker.world == 1 and not parts["y"]:
-            raise UserError("split.validate: no user has a cut there; check its days and users against the data")
         mine = {name: np.concatenate(part) if part else np.array([]) for name, part in parts.items()}
         gathered = gather_columns({**mine, "_sums": sums, "_counts": counts})
         if gathered is None:
             return {}
-        whole = {name: np.concatenate([one[name] for one in gathered if len(one[name])]) for name in parts}
+        found = [one for one in gathered if len(one["y"])]
+        if not found:
+            raise UserError("split.validate: no user has a cut there; check its days and users against the data")
+        whole = {name: np.concatenate([one[name] for one in found]) for name in parts}
         total = sum(one["_sums"] for one in gathered) / np.maximum(sum(one["_counts"] for one in gathered), 1)
         return {"eval/loss": float(total.sum()), **validation_scores(whole, tasks)}
 

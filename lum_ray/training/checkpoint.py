@@ -151,10 +151,11 @@ class Writer:
         best: bool,
     ) -> None:
         try:
-            if state is not None:
-                self._store("last", step, {MODEL: weights, STATE: state}, loop)
+            # The best first: a `last` already says which step is the best, and is resumed with that.
             if best:
                 self._store("best", step, {MODEL: weights}, loop)
+            if state is not None:
+                self._store("last", step, {MODEL: weights, STATE: state}, loop)
         except BaseException as error:  # handed to the training thread, which raises it in `join`
             self._error = error
 

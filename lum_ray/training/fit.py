@@ -55,7 +55,7 @@ def fit(
     has too few CPUs or GPUs (a cluster may take PLACEMENT_WAIT_S to add them), and whatever user error stopped the
     loop, `StoppedError` where `watch` did; else `ray.train.TrainingFailedError`.
     """
-    _check(workers if min_workers is None else min_workers, gpus)
+    check_room(workers, gpus, min_workers)
     if workers == 1:
         return _alone(make_loop, gpus, name, watch)
     stop = watch.stop if watch else None
@@ -165,7 +165,7 @@ def gauges(run: str) -> Callable[[Mapping[str, float]], None]:
     return watch
 
 
-def _check(workers: int, gpus: bool) -> None:
+def check_room(workers: int, gpus: bool, min_workers: int | None = None) -> None:
     """Raises MachineError where there are fewer CPUs or GPUs than the workers that there must be, on a cluster
     after it had time to grow."""
     if workers == 1:
@@ -177,16 +177,18 @@ def _check(workers: int, gpus: bool) -> None:
         return
     if not ray.is_initialized():
         raise MachineError(f"train.workers: {workers} workers need a Ray session, but none runs; start one, or set 1")
+    least = workers if min_workers is None else min_workers
     cpus, cards = _resources()
-    if workers <= cpus and (not gpus or workers <= cards):
+    if least <= cpus and (not gpus or least <= cards):
         return
-    if os.environ.get("RAY_ADDRESS") and _grows([{"CPU": 1, **({"GPU": 1} if gpus else {})}] * workers):
+    if os.environ.get("RAY_ADDRESS") and _grows([{"CPU": 1, **({"GPU": 1} if gpus else {})}] * least):
         return
     cpus, cards = _resources()
+    setting = "workers" if min_workers is None else "min_workers"
     most = min(cpus, cards) if gpus else cpus
     raise MachineError(
-        f"train.workers: {workers} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray "
-        f"session has {cpus} CPUs and {cards} GPUs; set train.workers to at most {most}, or add machines"
+        f"train.{setting}: {least} asked for, each with one CPU{' and one GPU' if gpus else ''}, but this Ray "
+        f"session has {cpus} CPUs and {cards} GPUs; set it to at most {most}, or add machines"
     )
 
 

@@ -45,7 +45,7 @@ Metrics = dict[str, float]
 Validation = Callable[[torch.nn.Module], Mapping[str, float]]
 DIVERGED = "diverged.json"
 """Beside the checkpoint: the step whose loss was not finite, and its users."""
-LOWER_IS_BETTER = ("loss", "mape", "wmape", "brier", "ece", "mae")
+LOWER_IS_BETTER = ("loss", "wmape")
 
 
 CPU = torch.device("cpu")
@@ -124,8 +124,8 @@ class _Progress:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a metric is an error: the last word of its name says so (`eval/spend_mae`, `eval/loss`)."""
-    return name.replace("/", "_").rsplit("_", 1)[-1] in LOWER_IS_BETTER
+    """Whether a validation's metric is an error: its first word says so (`eval/loss`, `eval/wmape_<behaviour>`)."""
+    return name.removeprefix("eval/").split("_")[0] in LOWER_IS_BETTER
 
 
 def train_loop(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_errors_are_one_message_and_exit_code_one(tmp_path: Path) -> None:
     done = command("validate", "lumos_tiny", "--root", str(tmp_path), "--set", "lumos.widht=3")
     assert done.returncode == 1
     assert "lumos.widht: unknown key; did you mean `width`?" in done.stderr
+
+
+def test_ctrl_c_says_that_the_command_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    os.mkfifo(file)
+    words = [sys.executable, "-m", "jobs.cli", "train", str(file)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    with open(file, "w"):  # once the command reads it
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "stopped; the same command goes on from the last checkpoint\n")
 
 
 def test_wrong_usage_is_exit_code_two() -> None:

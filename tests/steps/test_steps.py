@@ -15,10 +15,13 @@ from lum_ray.artifacts import UserError, open_artifact
 from lum_ray.config import Run
 from lum_ray.data.adapters.worlds import cohort_of
 from lum_ray.data.reader import Timelines
+from lum_ray.evaluation.protocol import validation_names
 from lum_ray.steps import evaluate, predict, prepare, train
 from lum_ray.steps.evaluate import by_cohort
 from lum_ray.steps.predict import assign, check_cohorts
 from lum_ray.steps.prepare import cut_plan, describe, now_and_then
+from lum_ray.steps.train import _validation, make_stage, tasks_of
+from lum_ray.training.loop import Worker
 
 
 def changed(run: Run, *assignments: str) -> Run:
@@ -33,6 +36,18 @@ def test_everything_is_found_again(tiny: Run) -> None:
     )  # fmt: skip
     assert train(tiny, said.append) == train(tiny)
     assert said == ["already trained"]
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_gts"])
+def test_fresh_removes_nothing_where_there_is_no_room_to_train(
+    model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Run = request.getfixturevalue(model)
+    before = train(run)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="one GPU asked for"):
+        train(changed(run, "train.device=cuda"), fresh=True)
+    assert open_artifact(before).manifest["kind"] == "checkpoint"
 
 
 def test_a_long_prepare_says_how_far_it_is() -> None:
@@ -187,11 +202,37 @@ def test_the_simulator_plants_its_cohorts_by_the_same_rule() -> None:
         (["split.test.from_day=2024-07-15"], r"split: expected validate_from <= validate\.from_day < test\.from_day"),
         (["split.test.from_day=null"], r"split: test\.from_day: missing"),
         (["split.train.from_day=2024-12-28"], r"split\.train: no user has a cut there"),
+        (
+            ["train.keep_best=eval/ndcg_10"],
+            r"train\.keep_best: .* 'eval/ndcg_10'; .* eval/loss, eval/roc_auc, ",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_run_is_said_before_training(tiny: Run, assignments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(changed(tiny, *assignments))
+
+
+def test_a_metric_of_the_other_model_is_refused_before_phase_one(tiny_gts: Run, tmp_path: Path) -> None:
+    run = changed(tiny_gts, f"root={tmp_path}", f"train.keep_best={config.Train().keep_best}")
+    with pytest.raises(UserError, match=r"train\.keep_best: .* reports 'eval/roc_auc'; expected one of eval/recall_5"):
+        train(run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_a_validation_are_those_it_reports(tiny: Run) -> None:
+    reported = open_artifact(train(tiny)).manifest["metrics"]
+    assert set(reported) == {"eval/loss", *validation_names(tasks_of(tiny))}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_validation_without_users_is_named(tiny: Run, world: int) -> None:
+    """Also where several workers share nothing."""
+    run, prepared = changed(tiny, "split.validate.users=[0.999999, 1.0]"), prepare(tiny)
+    timelines = Timelines.open(prepared.timelines.uri)
+    stage = make_stage(run, prepared, int(timelines.manifest["end_day"]), 1)
+    with pytest.raises(UserError, match=r"split\.validate: no user has a cut there"):
+        _validation(run, timelines, stage, Worker(world=world))(stage.module)
 
 
 def test_events_after_the_cut_change_no_prediction(tiny: Run, tmp_path: Path) -> None:

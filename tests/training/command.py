@@ -18,7 +18,7 @@ SETTINGS = Train(
     precision="fp32",
     validate_every=6,
     checkpoint_every=7,
-    keep_best="eval/square_loss",
+    keep_best="eval/loss",
     seed=3,
 )
 
@@ -27,7 +27,7 @@ def validation(module: Any) -> dict[str, float]:
     arrays = windows(10_000, 64)
     error_B = module.outputs(torch.from_numpy(arrays["x_BF"]))[:, 0] - torch.from_numpy(arrays["y_B"])
     torch.rand(3)  # a validation that draws must not change the training
-    return {"eval/square_loss": float(error_B.square().mean())}
+    return {"eval/loss": float(error_B.square().mean())}
 
 
 def train(place: str, pause_s: float = 0.0) -> dict[str, Any]:

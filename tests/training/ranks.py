@@ -115,10 +115,10 @@ def diverge(rank: int, folder: str) -> dict[str, Any]:
 def validate(rank: int, folder: str) -> dict[str, Any]:
     """Rank 0's metrics count, and the reports are the same everywhere."""
     reports = []
-    settings = Train(steps=4, validate_every=2, keep_best="eval/rank_loss", zero_stage=2, precision="fp32")
-    worker = Worker(rank, WORLD, report=lambda metrics: reports.append((metrics["step"], metrics["eval/rank_loss"])))
+    settings = Train(steps=4, validate_every=2, keep_best="eval/loss", zero_stage=2, precision="fp32")
+    worker = Worker(rank, WORLD, report=lambda metrics: reports.append((metrics["step"], metrics["eval/loss"])))
     loader = ToyLoader(rank=rank, world=WORLD)
-    result = train_loop(ToyStage(), loader, lambda module: {"eval/rank_loss": rank}, settings, f"{folder}/val", worker)
+    result = train_loop(ToyStage(), loader, lambda module: {"eval/loss": rank}, settings, f"{folder}/val", worker)
     return {"reports": reports, "result": result}
 
 

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from lum_ray.artifacts import UserError
-from lum_ray.training.fit import fit, gauges
+from lum_ray.training.fit import check_room, fit, gauges
 from lum_ray.training.loop import Worker
 from lum_ray.training.telemetry import read_metrics
 
@@ -90,6 +90,10 @@ def test_more_workers_than_the_session_has_are_refused(session: None) -> None:
         fit(lambda worker: {}, workers=65)
     with pytest.raises(UserError, match=r"and one GPU, but this Ray session has \d+ CPUs and 0 GPUs; set"):
         fit(lambda worker: {}, workers=2, gpus=True)
+    # An elastic group needs no GPU in the driver's process, also where one worker is enough.
+    with pytest.raises(UserError, match=r"train.min_workers: 1 asked for, .* has \d+ CPUs and 0 GPUs; set"):
+        fit(lambda worker: {}, workers=2, gpus=True, min_workers=1)
+    check_room(2, False, min_workers=1)
 
 
 @pytest.mark.ray
@@ -112,7 +116,7 @@ from lum_ray.training import fit
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 ray.init(address=cluster.address, log_to_driver=False)
 os.environ["RAY_ADDRESS"] = cluster.address
-waiting = threading.Thread(target=fit._check, args=(3, False))
+waiting = threading.Thread(target=fit.check_room, args=(3, False))
 waiting.start()
 cluster.add_node(num_cpus=2)
 waiting.join(60)

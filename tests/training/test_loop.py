@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,13 +146,40 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     assert train_loop(ToyStage(), ToyLoader(), scores, settings, str(tmp_path))["resumed_from"] == 10
 
 
+def test_what_is_stored_claims_no_best_weights_that_are_not(tmp_path: Path) -> None:
+    """The best weights cannot be stored (their folder's place is taken), so the process ends within the checkpoint."""
+    settings = replace(SETTINGS, checkpoint_every=4)
+    (tmp_path / "best").write_text("")
+    with pytest.raises(OSError, match="best"):
+        train_loop(ToyStage(), ToyLoader(), Scores(0.9, 0.5), settings, str(tmp_path))
+    assert steps(str(tmp_path / "last")) == []
+    (tmp_path / "best").unlink()
+    result = train_loop(ToyStage(), ToyLoader(), Scores(0.9, 0.5, 0.4), settings, str(tmp_path))
+    assert (result["best_step"], result["best_value"]) == (4, 0.9)
+    assert load(str(tmp_path / "best")).loop["step"] == 4
+
+
+def test_best_weights_newer_than_the_last_are_found_again(tmp_path: Path) -> None:
+    """Killed after the best weights of step 8 were stored and before the last of it: what is trained again is equal."""
+    settings = replace(SETTINGS, checkpoint_every=4, patience=2)
+    train_loop(ToyStage(), ToyLoader(), Scores(0.5, 0.9, 0.4), settings, str(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train_loop(ToyStage(), SignalledLoader(), Scores(0.5), settings, str(tmp_path / "cut"))
+    shutil.copytree(tmp_path / "whole" / "best", tmp_path / "cut" / "best", dirs_exist_ok=True)
+    assert (steps(str(tmp_path / "cut" / "last"))[0].step, load(str(tmp_path / "cut")).loop["step"]) == (4, 8)
+    result = train_loop(ToyStage(), ToyLoader(), Scores(0.9, 0.4), settings, str(tmp_path / "cut"))
+    assert (result["resumed_from"], result["best_step"], result["step"]) == (4, 8, 12)
+    one, other = (load(str(tmp_path / name)).tensors for name in ("whole", "cut"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_of_an_error_the_lowest_is_the_best(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, keep_best="eval/spend_wmape")
-    scores = Scores(0.5, 0.3, 0.4, name="eval/spend_wmape")
+    settings = replace(SETTINGS, keep_best="eval/wmape_spend")
+    scores = Scores(0.5, 0.3, 0.4, name="eval/wmape_spend")
     assert train_loop(ToyStage(), ToyLoader(), scores, settings, str(tmp_path))["best_step"] == 8
     assert lower_is_better("eval/loss")
-    assert lower_is_better("eval/p_brier")
-    assert not lower_is_better("eval/roc_auc")
+    for name in ("eval/roc_auc", "eval/roc_auc_loss", "eval/ndcg_10", "eval/recall_5", "eval/mrr"):
+        assert not lower_is_better(name)
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
