@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
+import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -21,6 +25,8 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lum_ray.artifacts import MachineError, UserError, storage
 from lum_ray.training.loop import DivergedError, StoppedError, Watch, Worker
@@ -30,6 +36,8 @@ RESIZE_S = 60.0
 MakeLoop = Callable[[Worker], dict[str, Any]]
 PEERS_TIMEOUT_S = 600
 """Long enough for the slowest wait that is none's fault: rank 0 scores a validation while the others wait for it."""
+STOP_POLL_S = 1.0
+"""How often a worker of several asks whether the driver was told to stop."""
 PLACEMENT_WAIT_S = 1800.0
 """How long a cluster's autoscaler may take to bring the machines that the workers need."""
 
@@ -54,16 +62,22 @@ def fit(
     these, and is resized when machines come. `watch` sees and may stop the training. Raises UserError where the session
     has too few CPUs or GPUs (a cluster may take PLACEMENT_WAIT_S to add them), and whatever user error stopped the
     loop, `StoppedError` where `watch` did; else `ray.train.TrainingFailedError`.
+
+    Ctrl-C, and a SIGTERM whose handler raises SystemExit (steps.session), are raised once all workers have saved their
+    step; a second one at once.
     """
     check_room(workers, gpus, min_workers)
     if workers == 1:
         return _alone(make_loop, gpus, name, watch)
-    stop = watch.stop if watch else None
+    watched = watch.stop if watch else None
+    # Signals come to the main thread alone; a trial of a search has another, and is stopped by its `watch`.
+    stopping = _beside_the_controller() if threading.current_thread() is threading.main_thread() else None
 
     def loop_per_worker() -> dict[str, Any]:
         _quiet()
         context = ray.train.get_context()
         device = ray.train.torch.get_device() if gpus else torch.device("cpu")
+        stop = watched if stopping is None else _told(stopping, watched)
         worker = Worker(context.get_world_rank(), context.get_world_size(), device, _report, gauges(name), stop)
         try:
             return {"result": make_loop(worker)}
@@ -93,7 +107,7 @@ def fit(
     )
     try:
         with _beside_the_driver() if min_workers is not None and not gpus else contextlib.nullcontext():
-            outcome = trainer.fit().return_value
+            outcome = (trainer.fit() if stopping is None else _saved_first(trainer.fit, stopping)).return_value
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             # Ray hands the worker's exception on inside one of its own, in an attribute.
@@ -120,6 +134,48 @@ def _alone(make_loop: MakeLoop, gpus: bool, name: str, watch: Watch | None) -> d
     )
     result: dict[str, Any] = trainer.fit().return_value
     return result
+
+
+def _beside_the_controller() -> Queue:
+    """A queue for the word to stop. It is on the driver's machine, as Ray Train's controller is: no other loss of a
+    machine can take it from the workers."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+
+def _told(stopping: Queue, watched: Callable[[], bool] | None) -> Callable[[], bool]:
+    """The `stop` of a worker: whether something is in the queue, or `watched` says so."""
+    asked_at, told = -math.inf, False
+
+    def stop() -> bool:
+        nonlocal asked_at, told
+        if not told and time.monotonic() - asked_at > STOP_POLL_S:
+            asked_at, told = time.monotonic(), not stopping.empty()
+        return told or (watched is not None and watched())
+
+    return stop
+
+
+def _saved_first(train: Callable[[], Any], stopping: Queue) -> Any:
+    """What `train` returns; Ctrl-C and SIGTERM are raised only after the workers have saved their step and returned.
+
+    `train` has a thread of its own: in the main thread Ray Train would take Ctrl-C to abort the workers.
+    """
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(train())
+        except BaseException as error:  # handed to the main thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    try:
+        return outcome.result()
+    except (KeyboardInterrupt, SystemExit):
+        stopping.put(None)
+        outcome.result()
+        raise
 
 
 def _beside_the_driver() -> contextlib.AbstractContextManager[None]:

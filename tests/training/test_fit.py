@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from lum_ray.artifacts import UserError
 from lum_ray.training.fit import check_room, fit, gauges
 from lum_ray.training.loop import Worker
 from lum_ray.training.telemetry import read_metrics
+from lum_ray.weights import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,6 +178,57 @@ def test_two_workers_survive_a_crash(session: None, tmp_path: Path) -> None:
     assert result["step"] == 9
     assert result["resumed_from"] in (3, 6)
     assert [line["step"] for line in read_metrics(str(place))] == list(range(1, 10))
+
+
+STOPPED = """
+import sys
+from lum_ray.steps.session import start_ray
+from lum_ray.training.fit import fit
+
+place = sys.argv[1]
+
+def loop(worker):
+    from lum_ray.config import Train
+    from lum_ray.training.loop import train_loop
+    from tests.training.toy import ToyLoader, ToyStage
+    loader = ToyLoader(rank=worker.rank, world=worker.world, pause_s=0.05)
+    settings = Train(steps=5000, checkpoint_every=5000)
+    return train_loop(ToyStage(), loader, None, settings, place, worker, 1)
+
+start_ray()
+try:
+    fit(loop, workers=2, storage_path=place + "-ray")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.faults)]
+)
+def test_several_workers_save_their_step_before_a_signal_ends_the_command(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    place = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(place)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = place / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.1)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does, to Ray's processes too
+    else:
+        process.send_signal(number)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, said
+    assert load(str(place / "last")).loop["step"] == len(read_metrics(str(place))) < 5000
 
 
 @pytest.mark.ray
