@@ -15,6 +15,9 @@ from lum_ray.config import Run
 def run_lumos_demo(run: Run, say: Callable[[str], None]) -> None:
     """Prepare, train, evaluate and serve `run`; print the metrics, the report's path and two answered requests."""
     from jobs.printing import done, print_metrics
+    from serve.environment import optimise
+
+    optimise()  # before Ray is imported
     from lum_ray.data.state import State
     from lum_ray.steps import describe, evaluate, prepare, publish, train
     from lum_ray.steps.session import start_ray

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -243,6 +244,7 @@ def run(
 
     for endpoint in endpoints:
         weights.load(endpoint.checkpoint)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # that it starts and ends is said by who calls this
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": host, "port": port, "request_timeout_s": settings.timeout_s + 10},

@@ -64,7 +64,7 @@ def test_ctrl_c_says_that_the_command_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        assert any("training 100000 steps" in line for line in process.stderr)
+        assert any("train: step" in line for line in process.stderr)  # its loop listens, whatever CI's shell ignores
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=120)
     finally:
